@@ -1,0 +1,54 @@
+# Everything starts from nothing: each target makes the environment it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0
+# Tests use one BLAS thread each, so that two workers share two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint types unit docs bench results clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+# torch comes first and alone: the pinned build is what every later install must keep.
+$(BIN)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) uv
+	touch $@
+
+$(BIN)/.demo: $(BIN)/.base
+	echo "$(TORCH)" | $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint - -e '.[rl]'
+	touch $@
+
+$(BIN)/.dev: $(BIN)/.base
+	echo "$(TORCH)" | $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint - -e '.[dev]'
+	touch $@ $(BIN)/.demo
+
+demo: $(BIN)/.demo  ## Train PPO and BPO in minutes and judge the paper's claims
+	$(BIN)/steelyard run bpo
+
+test: lint types unit  ## Lint, type-check, run tests and doctests
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.dev
+	$(BIN)/mypy
+
+unit: $(BIN)/.dev
+	$(BIN)/pytest -q -n 2
+
+docs: $(BIN)/.dev  ## Build the documentation site (strict)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(BIN)/.dev  ## Measure speed beside the peers (about 20 minutes)
+	$(BIN)/python benchmarks/rl.py
+
+results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
+	$(BIN)/steelyard run bpo --full
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,58 @@
+"""Optional dependencies: which extra brings what, and one line for a missing one."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extra of the package: the modules it installs and what they make possible."""
+
+    modules: tuple[str, ...]
+    gives: str
+
+    def missing(self) -> list[str]:
+        """Return the modules that are not installed, without importing any."""
+        return [name for name in self.modules if importlib.util.find_spec(name) is None]
+
+
+EXTRAS: dict[str, Extra] = {
+    "rl": Extra(
+        ("gymnasium", "mujoco", "ale_py", "cv2", "stable_baselines3"),
+        "reinforcement learning on MuJoCo and Atari, the recipe bpo, the stable-baselines3 adapter",
+    ),
+}
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install 'steelyard[{extra}]'"
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional module, or say in one line how to get it.
+
+    Args:
+        module: dotted name, for example ``"gymnasium.vector"``.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; names the extra.
+
+    Example:
+        >>> require("a_package_nobody_has", extra="rl")
+        Traceback (most recent call last):
+        ...
+        ModuleNotFoundError: steelyard needs a_package_nobody_has for this: \
+pip install 'steelyard[rl]'
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        reason = f"steelyard needs {package} for this: {install_line(extra)}"
+        raise ModuleNotFoundError(reason, name=package) from None
