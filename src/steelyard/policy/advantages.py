@@ -9,7 +9,7 @@ and median are taken; ``scale="batch"`` needs the rewards of all ranks.
 Sources: Schulman et al. (2016), High-Dimensional Continuous Control Using Generalized Advantage
 Estimation, arXiv:1506.02438; Shao et al. (2024), DeepSeekMath (GRPO), arXiv:2402.03300; Liu et al.
 (2025), Understanding R1-Zero-Like Training (Dr. GRPO), arXiv:2503.20783; Ao et al. (2026), Bounded
-Ratio Reinforcement Learning, Sec. 4.8 of our notes, arXiv:2604.18578.
+Ratio Reinforcement Learning, arXiv:2604.18578 (docs/systems/bpo).
 """
 
 from typing import Literal, NamedTuple
@@ -77,10 +77,10 @@ def gae(
     first state of the next episode.
 
     The recurrence is an associative scan, so time costs ``log2(T)`` vector operations, no loop
-    over steps.
+    over steps. NaN spreads backwards to the start of its episode and no further.
 
     Args:
-        rewards: ``[T, B]`` (any trailing shape), reward units.
+        rewards: ``[T, B]`` (any trailing shape), reward units; detached.
         values: value of the state acted in, same shape; detached.
         next_values: value of the state reached, same shape; detached.
         terminated: boolean or 0/1, same shape: the task ended.
@@ -117,15 +117,17 @@ def gae(
         terminated=terminated,
         truncated=truncated,
     )
+    if rewards.dim() == 0:
+        raise ValueError("rewards must have a time axis first, got a 0-d tensor")
     check_not_empty("rewards", rewards)
     check_range("gamma", gamma, at_least=0.0, at_most=1.0)
     check_range("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
     dtype = rewards.dtype
     work = accumulation_dtype(dtype)
     reward, value, next_value = (x.detach().to(work) for x in (rewards, values, next_values))
-    alive = (terminated == 0).to(work)
-    delta = reward + gamma * alive * next_value - value
-    decay = gamma * gae_lambda * alive * (truncated == 0).to(work)
+    alive = terminated == 0
+    delta = reward + gamma * fill_masked(next_value, alive) - value
+    decay = gamma * gae_lambda * (alive & (truncated == 0)).to(work)
     advantages = _reverse_linear_scan(decay, delta)
     return GeneralizedAdvantages(advantages.to(dtype), (advantages + value).to(dtype))
 
@@ -138,9 +140,8 @@ def _reverse_linear_scan(decay: Tensor, increment: Tensor) -> Tensor:
     length, span = increment.shape[0], 1
     while span < length:
         tail = length - span
-        increment = torch.cat(
-            (increment[:tail] + decay[:tail] * increment[span:], increment[tail:])
-        )
+        later = fill_masked(increment[span:], decay[:tail] != 0)  # 0 * NaN must stay 0
+        increment = torch.cat((increment[:tail] + decay[:tail] * later, increment[tail:]))
         decay = torch.cat((decay[:tail] * decay[span:], torch.zeros_like(decay[tail:])))
         span *= 2
     return increment
@@ -158,7 +159,8 @@ def group_relative_advantages(
     rewards are all equal.
 
     Args:
-        rewards: ``[N]``, reward units; detached. NaN spreads within its group.
+        rewards: ``[N]``, reward units; detached. NaN spreads within its group, and to the whole
+            batch with ``scale="batch"``.
         groups: integer group id of each reward, ``[N]``.
         scale: ``"group"``, ``"batch"`` or ``"none"``.
         eps: added to the deviation, positive.
@@ -209,10 +211,11 @@ def gbpo_signals(
             \,\sigma\!\left(\frac{r_i - \mathrm{median}}{(\mathrm{std} + \epsilon)\,T}\right)
 
     The published rule (``ties="half"``) gives a reward equal to the median the middle of the
-    band, so the targets of a group need not average 1. ``ties="exact"`` is the optimum of the
-    bounded-ratio problem on the group: the threshold is the group's
+    band, so the targets of a group need not average 1. ``ties="exact"`` is, at small T, the
+    optimum of the bounded-ratio problem on the group: the threshold is the group's
     ``epsilon_high / (epsilon_low + epsilon_high)`` quantile (the lower median when the band is
-    symmetric) and the tied rewards share the one ratio that makes the mean of the group 1.
+    symmetric) and the tied rewards share the one ratio in the band that brings the mean of the
+    group to 1.
 
     Args:
         rewards: ``[N]``; detached. NaN spreads within its group.
@@ -291,7 +294,7 @@ def mean_token_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> mean_token_entropy(torch.zeros(1, 3, 4))  # uniform over four tokens: log 4
         tensor([1.3863])
 
-    Source: conditional advantage estimation (CANON), grouping metric "entropy"; docs/systems.
+    Source: conditional advantage estimation (system ``canon``), grouping metric "entropy".
     """
     check_floating(logits=logits)
     check_shape("logits", logits, (None, None, None))
@@ -308,8 +311,8 @@ def divergence_weights(kl: Tensor, *, scale: float, alpha: float) -> Tensor:
 
     .. math:: w = 1 + s\,(\sigma(\alpha\, \mathrm{KL}) - \tfrac12)
 
-    ``scale * alpha > 0`` strengthens the tokens that moved, ``< 0`` those that did not. Every
-    weight is 1 where the divergence is 0, so a first on-policy step is unchanged.
+    ``scale * alpha > 0`` strengthens the tokens that moved, ``< 0`` weakens them. Every weight is
+    1 where the divergence is 0, so a first on-policy step is unchanged.
 
     Args:
         kl: per-token divergence in nats, any shape, >= 0; detached.
@@ -317,7 +320,7 @@ def divergence_weights(kl: Tensor, *, scale: float, alpha: float) -> Tensor:
         alpha: slope, any finite number, per nat.
 
     Returns:
-        Weights in ``(1 - |s|/2, 1 + |s|/2)``, shape and dtype of ``kl``.
+        Weights in ``[1 - |s|/2, 1 + |s|/2]``, shape and dtype of ``kl``.
 
     Raises:
         ValueError: ``scale`` out of range or ``alpha`` not finite.

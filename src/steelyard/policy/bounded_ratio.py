@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _BISECTIONS = 100
-"""Halvings of the threshold's bracket: past the resolution of float64 for any bracket."""
+"""Halvings of the threshold's bracket: past the resolution of float64 relative to its width."""
 
 
 class BoundedRatioOptimum(NamedTuple):
@@ -74,14 +74,15 @@ def bounded_ratio_optimum(
 
     Args:
         base_probs: ``[.., A]``, rows sum to 1.
-        q_values: ``[.., A]``, reward units.
+        q_values: ``[.., A]``, reward units; may be infinite where the probability is 0.
         low: lower bound of the ratio, in [0, 1).
         high: upper bound of the ratio, > 1.
         temperature: lambda in reward units, >= 0.
 
     Returns:
         ``ratio [.., A]``; ``threshold [..]``; ``improvement [..]``, the gain
-        ``E_base[(ratio - 1) Q]`` without the regulariser, never negative. Not differentiable.
+        ``E_base[(ratio - 1) Q]`` without the regulariser, never negative but for rounding.
+        Computed in float64, returned in the dtype of ``q_values``; not differentiable.
 
     Raises:
         ValueError: shapes differ, no action, or a bound or the temperature out of range.
@@ -116,7 +117,8 @@ def bounded_ratio_optimum(
     else:
         threshold = _soft_threshold(probs, q, (1 - low) / (high - low), temperature)
         ratio = low + (high - low) * torch.sigmoid((q - threshold) / temperature)
-    improvement = (probs * (ratio - 1) * (q - threshold)).sum(-1)
+    gains = torch.where(probs > 0, probs * (ratio - 1) * (q - threshold), 0.0)
+    improvement = gains.sum(-1)
     dtype = q_values.dtype
     return BoundedRatioOptimum(
         ratio.to(dtype), threshold.squeeze(-1).to(dtype), improvement.to(dtype)
@@ -148,7 +150,9 @@ def _soft_threshold(probs: Tensor, q: Tensor, share: float, temperature: float) 
     give the bracket.
     """
     shift = temperature * (math.log(share) - math.log1p(-share))
-    lower, upper = (x - shift for x in q.aminmax(dim=-1, keepdim=True))
+    impossible = probs == 0
+    lower = q.masked_fill(impossible, math.inf).amin(-1, keepdim=True) - shift
+    upper = q.masked_fill(impossible, -math.inf).amax(-1, keepdim=True) - shift
     total = probs.sum(-1, keepdim=True)
     for _ in range(_BISECTIONS):
         middle = (lower + upper) / 2

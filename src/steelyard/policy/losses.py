@@ -4,7 +4,9 @@ PPO clips the ratio; BPO fits it to the target that solves the bounded-ratio pro
 are their critic-free forms for groups of language-model answers. All of them are a weight times a
 distance between the ratio and a target, which :func:`ppo_gap` makes explicit for PPO.
 
-Every ratio is the exponential of a log-ratio clamped to ``[-20, 20]``, so no loss overflows.
+Every ratio is the exponential of a log-ratio clamped to ``[-20, 20]``, so no loss overflows in
+float32; beyond the clamp gradients are 0. Half precision is computed in float32 and rounded at the
+end. NaN in any kept item gives NaN.
 
 Sources: Schulman et al. (2017), arXiv:1707.06347; Shao et al. (2024), arXiv:2402.03300; Ao et al.
 (2026), Bounded Ratio Reinforcement Learning, arXiv:2604.18578 (docs/systems/bpo).
@@ -19,6 +21,7 @@ from steelyard._checks import (
     check_choice,
     check_floating,
     check_mask,
+    check_not_empty,
     check_range,
     check_same_shape,
     check_shape,
@@ -75,7 +78,7 @@ def ppo_loss(
         0-d tensor, or the shape of ``log_ratio`` for ``"none"``; its dtype.
 
     Raises:
-        ValueError: shapes differ or a half-width is out of range.
+        ValueError: shapes differ or are empty, or a half-width is out of range.
         TypeError: a tensor is not floating point.
 
     Example:
@@ -91,6 +94,7 @@ def ppo_loss(
     """
     check_floating(log_ratio=log_ratio, advantages=advantages)
     check_same_shape(log_ratio=log_ratio, advantages=advantages)
+    check_not_empty("log_ratio", log_ratio)
     check_mask(mask, log_ratio)
     values = _ppo_values(log_ratio, advantages, epsilon, epsilon_high, mask)
     return reduce_masked(values, mask, reduction).to(log_ratio.dtype)
@@ -215,8 +219,9 @@ def bpo_loss(
     .. math:: L = w\, |\rho - \rho^*|
 
     The advantage-weighted total variation between the policy and the bounded-ratio optimum. The
-    gradient in ``log_ratio`` is ``w * sign(rho - rho*) * rho``: at ``rho = 1`` the policy gradient,
-    past the target a pull back, exactly at the target 0.
+    gradient in ``log_ratio`` is ``w * sign(rho - rho*) * rho``: past the target a pull back,
+    exactly at the target 0, and at ``rho = 1`` the policy gradient if ``w = |A|`` and the target
+    lies on the side of A's sign.
 
     Args:
         log_ratio: ``log pi(a|s) - log pi_old(a|s)``, any shape, for example ``[B]`` or ``[B, T]``.
@@ -229,7 +234,7 @@ def bpo_loss(
         0-d tensor, or the shape of ``log_ratio`` for ``"none"``; its dtype.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ or are empty.
         TypeError: a tensor is not floating point.
 
     Example:
@@ -245,6 +250,7 @@ def bpo_loss(
     """
     check_floating(log_ratio=log_ratio, target_ratio=target_ratio, weight=weight)
     check_same_shape(log_ratio=log_ratio, target_ratio=target_ratio, weight=weight)
+    check_not_empty("log_ratio", log_ratio)
     check_mask(mask, log_ratio)
     values = _bpo_values(log_ratio, target_ratio, weight, mask)
     return reduce_masked(values, mask, reduction).to(log_ratio.dtype)
@@ -278,13 +284,14 @@ def bpo_threshold_loss(
 
     Minimising the second over samples of the old policy gives exactly the threshold at which the
     soft ratios average 1 (dual of the bounded-ratio problem); its limit at T = 0 is the third.
-    The first is what the released code trains, whatever the temperature of the target: for
-    ``|d| << 1`` it is ``d^2/8`` (a mean), for ``|d| >> 1`` a median.
+    The first is what the released code trains, whatever the temperature of the target: up to a
+    constant it is ``d^2/8`` for ``|d| << 1`` (a mean) and ``|d|/2`` for ``|d| >> 1`` (a median).
+    All three belong to a symmetric band.
 
     Args:
         returns: estimate of the action value, any shape, reward units; detached.
         threshold: prediction of u, same shape; carries the gradient.
-        temperature: T in reward units, positive; only for ``kind="temperature"``.
+        temperature: T in reward units, positive; ignored unless ``kind="temperature"``.
         kind: which of the three.
         mask: same shape, true = counts.
         reduction: ``"mean"`` (over kept items), ``"sum"`` or ``"none"``.
@@ -293,7 +300,7 @@ def bpo_threshold_loss(
         0-d tensor, or the shape of ``threshold`` for ``"none"``; its dtype.
 
     Raises:
-        ValueError: shapes differ, or a setting is out of range.
+        ValueError: shapes differ or are empty, or a setting is out of range.
         TypeError: a tensor is not floating point.
 
     Example:
@@ -311,7 +318,9 @@ def bpo_threshold_loss(
     check_floating(returns=returns, threshold=threshold)
     check_same_shape(threshold=threshold, returns=returns)
     check_choice("kind", kind, ("code", "temperature", "median"))
-    check_range("temperature", temperature, above=0.0)
+    if kind == "temperature":
+        check_range("temperature", temperature, above=0.0)
+    check_not_empty("threshold", threshold)
     check_mask(mask, threshold)
     work = accumulation_dtype(threshold.dtype)
     distance = fill_masked(returns.detach().to(work) - threshold.to(work), mask)
@@ -421,6 +430,7 @@ def gbpo_loss(
 def _check_tokens(log_ratio: Tensor, mask: Tensor | None, **per_answer: Tensor) -> None:
     check_floating(log_ratio=log_ratio, **per_answer)
     check_shape("log_ratio", log_ratio, (None, None))
+    check_not_empty("log_ratio", log_ratio)
     for name, tensor in per_answer.items():
         check_shape(name, tensor, (log_ratio.shape[0],))
     check_mask(mask, log_ratio)
