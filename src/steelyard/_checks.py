@@ -26,6 +26,9 @@ def check_floating(**tensors: Tensor | None) -> None:
 def check_same_shape(**tensors: Tensor | None) -> None:
     """Require that all tensors have the shape of the first; ``None`` passes."""
     given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    for name, tensor in given:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     first_name, first = given[0]
     for name, tensor in given[1:]:
         if tensor.shape != first.shape:

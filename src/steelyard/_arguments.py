@@ -1,0 +1,110 @@
+"""The arguments of each command, as dataclasses that tyro turns into flags and help."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+T = TypeVar("T")
+
+Switch = Annotated[bool, FlagCreatePairsOff]
+Name = Annotated[str, Positional, arg(metavar="NAME")]
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Show the 35 systems and how far each is built."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show what a system is for, its claims, and how long its experiment takes."""
+
+    name: Name
+    """A system (see `steelyard list`) or a recipe file of yours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped. It ends with the numbers of an unbroken run."""
+
+    folder: Annotated[Path, Positional, arg(metavar="DIR")]
+    """The run's folder, for example runs/bpo-quick-20260101-120000."""
+    workers: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: as when it began)")
+    ] = None
+    """Seeds at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write one HTML page with all results. It needs no network and is one file."""
+
+    folders: Annotated[tuple[Path, ...], Positional, arg(metavar="DIR")] = ()
+    """Run folders, folders of those, or result files. Default: all known runs."""
+    out: Path = Path("report.html")
+    """The file to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Copy a system's experiment to a file of yours, to change and run."""
+
+    name: Name
+    """A system with a recipe (see `steelyard list`)."""
+    file: Annotated[Path, Positional, arg(metavar="FILE")]
+    """The new file, for example mine.py."""
+    force: Switch = False
+    """Overwrite FILE if it exists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Show what is installed here, what works, and what a missing extra would give."""
+
+
+def parse(kind: type[T], arguments: Sequence[str]) -> T:
+    """Read a command's arguments; shows help or an error and exits as argparse does."""
+    return tyro.cli(kind, prog=f"steelyard {kind.__name__.lower()}", args=list(arguments))
+
+
+def parse_run(
+    name: str, config: Any, seeds: int, text: str, arguments: Sequence[str]
+) -> tuple[Any, int, Path | None, int | None]:
+    """Read the arguments of ``run NAME``: its own, and one flag for each field of ``config``.
+
+    Args:
+        name: the recipe, for the help.
+        config: the form's configuration; its values are the defaults.
+        seeds: the form's number of seeds.
+        text: what the help says above the flags.
+        arguments: what follows the name.
+
+    Returns:
+        ``(config, seeds, out, workers)``.
+
+    Raises:
+        ValueError: the configuration has a field that is an option of ``run``.
+    """
+    options: dict[str, tuple[Any, Any, str, str, str | None]] = {
+        "full": (Switch, False, "Run the paper's setting, not the quick form.", "", None),
+        "seeds": (int, seeds, "Number of seeds: 0, 1, 2, ...", f"(default: {seeds})", "N"),
+        "out": (Path | None, None, "Folder of the results.", "(default: a new one in runs)", "DIR"),
+        "workers": (int | None, None, "Seeds at a time.", "(default: one a core)", "N"),
+    }
+    clash = {field.name for field in dataclasses.fields(config)} & {*options, "debug", "help"}
+    if clash:
+        raise ValueError(f"Config of {name} may not have a field {min(clash)!r}: an option of run")
+    fields: list[tuple[str, Any, Any]] = [
+        (name, Annotated[kind, arg(help=said, help_behavior_hint=hint, metavar=metavar)], default)
+        for name, (kind, default, said, hint, metavar) in options.items()
+    ]
+    settings: Any = Annotated[type(config), arg(name="", help=f"Settings of {name}.")]
+    fields.append(("config", settings, config))
+    kind = dataclasses.make_dataclass("Run", fields, frozen=True)
+    prog = f"steelyard run {name}"
+    given: Any = tyro.cli(kind, prog=prog, description=text, args=list(arguments))
+    return given.config, given.seeds, given.out, given.workers
