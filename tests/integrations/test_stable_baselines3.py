@@ -61,7 +61,7 @@ def update_by_hand(policy, batch, model, *, continuous):
     for _ in range(model.n_epochs):
         values, logprob, entropy = policy.evaluate_actions(batch.observations, actions)
         values = values[:, 0]
-        baseline = values.detach() if model.online_weights else batch.old_values
+        baseline = values.detach() if model.online_weight else batch.old_values
         loss = 0.5 * (returns - values).square().mean() - model.ent_coef * entropy.mean()
         threshold = baseline
         if model.use_threshold:
@@ -98,8 +98,8 @@ ADAM = {"learning_rate": 3e-4, "policy_kwargs": {}}
         ("CartPole-v1", {"temperature": 0.5, "ent_coef": 0.3}),
         ("Pendulum-v1", {"temperature": 50.0, "ent_coef": 0.3, "learning_rate": 1e-3}),
         ("CartPole-v1", {"use_threshold": False}),
-        ("CartPole-v1", {"use_threshold": False, "online_weights": False, "temperature": 0.5}),
-        ("CartPole-v1", {"online_weights": False, "threshold_kind": "median", "temperature": 0.0}),
+        ("CartPole-v1", {"use_threshold": False, "online_weight": False, "temperature": 0.5}),
+        ("CartPole-v1", {"online_weight": False, "threshold_kind": "median", "temperature": 0.0}),
         ("CartPole-v1", {"threshold_kind": "temperature", "temperature": 2.0}),
         ("CartPole-v1", {"threshold_coef": 3.0, "max_grad_norm": 0.1}),
     ],
@@ -121,7 +121,7 @@ def test_update_is_a_descent_on_our_losses(env, settings):
 
 def test_online_and_frozen_weights_part_after_the_first_step():
     trained = [
-        parameters_of(small(online_weights=online).learn(64).policy) for online in (True, False)
+        parameters_of(small(online_weight=online).learn(64).policy) for online in (True, False)
     ]
     assert not torch.equal(*trained)
 
@@ -258,7 +258,7 @@ def test_every_setting_survives_save_and_load(tmp_path):
         "temperature": 0.5,
         "threshold_coef": 0.7,
         "threshold_kind": "median",
-        "online_weights": False,
+        "online_weight": False,
         "use_threshold": False,
         "target_kl": 0.1,
         "clip_range": 0.25,

@@ -41,7 +41,7 @@ def test_a_file_gets_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -
     line = "seed 2 control/Hopper-v5/bpo: 4,096 of 1,000,000 steps, 1,234/s, 13 min left\n"
     assert shown.startswith(line)
     assert "a line with [brackets] and /a/path/that/is/" + "long/" * 20 + "end\n" in shown
-    assert shown.endswith("seed 2 finished (2 of 3 seeds finished)\n")
+    assert shown.endswith("seed 2: finished (2 of 3 seeds finished)\n")
 
 
 @pytest.mark.parametrize(

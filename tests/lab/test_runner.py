@@ -28,8 +28,9 @@ Launch = Callable[[str], "subprocess.Popen[str]"]
 
 PROGRAM = """
 import sys
-from steelyard.lab import LabError
+from steelyard.lab import LabError, runner
 from steelyard.lab.runner import resume_run, start_run
+runner._draw = lambda *_: None
 try:
     {call}
 except LabError as error:
@@ -185,11 +186,24 @@ def test_a_finished_run_says_so_and_keeps_its_numbers(
     assert json.loads((folder / "result.json").read_text()) == result
 
 
+def test_a_report_that_cannot_be_drawn_costs_no_result(
+    unbroken: tuple[Path, Any, str], output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("steelyard.lab.report.render_report", fail)
+    (unbroken[0] / "result.json").unlink()
+    resume_run(unbroken[0], console=output.console)
+    assert "report could not be drawn: RuntimeError: no ink" in output.text
+    assert json.loads((unbroken[0] / "result.json").read_text()) == unbroken[1]
+
+
 def test_a_kill_of_the_parent_ends_the_workers_and_a_resume_gives_the_same_bytes(
     tmp_path: Path, toy_path: str, expected: dict[str, bytes], stored_numbers: Any, launch: Launch
 ) -> None:
     folder = tmp_path / "run"
-    slow = {"pause": 0.05}  # in the configuration only: it changes no number
+    slow = {"pause": 0.03}  # in the configuration only: it changes no number
     first = launch(starting(toy_path, folder, config=slow))
     wait_for(lambda: checkpoints(folder, 0) and checkpoints(folder, 1))
     assert len(workers_of(folder)) == 2

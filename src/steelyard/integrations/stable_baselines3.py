@@ -90,7 +90,7 @@ class BPO(OnPolicyAlgorithm):
         threshold_kind: see :func:`steelyard.policy.bpo_threshold_loss`: ``"code"`` is what the
             released code trains, ``"temperature"`` the loss whose minimum is u at ``temperature``,
             ``"median"`` its limit at 0.
-        online_weights: weigh with the value as it is trained, as the released code does;
+        online_weight: weigh with the value as it is trained, as the released code does;
             ``False`` keeps that of the rollout, so that the weights are the GAE advantages.
             It holds for the target too where that is made from the value.
         use_sde: state-dependent exploration, for continuous actions.
@@ -153,7 +153,7 @@ class BPO(OnPolicyAlgorithm):
         use_threshold: bool = True,
         threshold_coef: float = 0.5,
         threshold_kind: Literal["code", "temperature", "median"] = "code",
-        online_weights: bool = True,
+        online_weight: bool = True,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -197,7 +197,7 @@ class BPO(OnPolicyAlgorithm):
         self.use_threshold = use_threshold
         self.threshold_coef = threshold_coef
         self.threshold_kind = threshold_kind
-        self.online_weights = online_weights
+        self.online_weight = online_weight
         self.target_kl = target_kl
         if _init_setup_model:
             self._setup_model()
@@ -287,7 +287,7 @@ class BPO(OnPolicyAlgorithm):
         else:
             values, logprob, entropy = self.policy.evaluate_actions(batch.observations, actions)
         values = values.flatten()
-        baseline = values.detach() if self.online_weights else batch.old_values
+        baseline = values.detach() if self.online_weight else batch.old_values
         log_ratio = logprob - batch.old_log_prob
         target = bpo_target_ratio(
             batch.returns,

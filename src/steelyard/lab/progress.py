@@ -143,8 +143,8 @@ class _Lines:
 
     def ended(self, seed: int, reason: str | None) -> None:
         self._finished += reason is None
-        state = "finished" if reason is None else f"ended early, {reason}"
-        self.note(f"seed {seed} {state} ({self._finished} of {self._seeds} seeds finished)")
+        state = reason or "finished"
+        self.note(f"seed {seed}: {state} ({self._finished} of {self._seeds} seeds finished)")
 
     def note(self, text: str) -> None:
         say(self._console, text)

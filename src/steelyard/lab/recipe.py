@@ -7,6 +7,7 @@ The lab takes everything it needs from the module's names:
 - ``CLAIMS``: the claims that a run judges;
 - ``run(config, lab)``: called once for each seed, returns flat metrics;
 - ``CURVES`` (optional): names of the logged metrics that are drawn over steps;
+- ``UNITS`` (optional): what the axes of those curves say, by metric and for ``"step"``;
 - ``figures(result)`` (optional): further figures, by name.
 
 The first line of the module's docstring is its title.
@@ -74,6 +75,7 @@ class Recipe:
         run: ``run(config, lab)``, once for each seed.
         config_type: the frozen dataclass ``Config``.
         curves: logged metrics that are drawn over steps.
+        units: what the axes say, by metric and for ``"step"``.
         figures: further figures from a result, or ``None``.
     """
 
@@ -87,6 +89,7 @@ class Recipe:
     run: "Callable[[Any, Lab], dict[str, float]]"
     config_type: type[Any]
     curves: tuple[str, ...]
+    units: dict[str, str]
     figures: "Callable[[dict[str, Any]], dict[str, Figure]] | None"
 
     @property
@@ -223,6 +226,7 @@ def _recipe(module: ModuleType, name: str, reference: str) -> Recipe:
         run=module.run,
         config_type=config_type,
         curves=tuple(getattr(module, "CURVES", ())),
+        units=dict(getattr(module, "UNITS", {})),
         figures=getattr(module, "figures", None),
     )
 

@@ -107,6 +107,7 @@ def collect(
         "metrics_sha256": digest,
         "claims": [_claim(j, failures) for j in judge(recipe.claims, metrics)],
         "curves": _curves(folder, seeds, recipe.curves),
+        "units": recipe.units,
     }
     write_atomic(folder / "result.json", _readable(result).encode())
     return result
