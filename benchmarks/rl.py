@@ -15,7 +15,6 @@ import os
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -82,7 +81,9 @@ class Contestant:
     updates: Callable[[], int]
     """Optimiser steps so far."""
     stepping: Watch = field(default_factory=Watch)
-    """Over the vector environment's step (with automatic resets, if it does them)."""
+    """Over the vector environment's step, with the resets it does by itself."""
+    resetting: Watch = field(default_factory=Watch)
+    """Over resets that the training loop asks for."""
     updating: Watch = field(default_factory=Watch)
 
 
@@ -107,6 +108,7 @@ def steelyard(case: Case, *, fast: bool = True, autograd: bool = False) -> Conte
     count = _steps_of(learner.updater.optimizer) if autograd else lambda: learner.updater.steps
     contestant = Contestant(advance, count)
     contestant.stepping.over(envs, "step")
+    contestant.resetting.over(envs, "reset")
     contestant.updating.over(learner.updater, "epoch")
     return contestant
 
@@ -178,26 +180,28 @@ def _steps_of(optimizer: Any) -> Callable[[], int]:
 
 def measure(case: Case) -> Run:
     """Train once, in this process, and report what the rollouts after the first one took."""
+    import mujoco
     import torch
 
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model warns at every load
     contestant = CONTESTANTS[case.contestant](case)
+    start_mib = _peak_mib()
     contestant.advance(1)
-    watches = contestant.stepping, contestant.updating
+    watches = contestant.stepping, contestant.resetting, contestant.updating
     before = [watch.seconds for watch in watches]
     calls, updates = contestant.stepping.calls, contestant.updates()
     wall, cpu = time.perf_counter(), time.process_time()
     contestant.advance(case.rollouts)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    stepping, updating = (w.seconds - b for w, b in zip(watches, before, strict=True))
+    stepping, resetting, updating = (w.seconds - b for w, b in zip(watches, before, strict=True))
     steps = (contestant.stepping.calls - calls) * case.num_envs
-    milliseconds = {
+    seconds = {
         "cpu": cpu,
         "wall": wall,
-        "stepping": stepping,
+        "stepping": stepping + resetting,
         "update": updating,
-        "rest": cpu - stepping - updating,
+        "rest": cpu - stepping - resetting - updating,
     }
     return {
         "env": case.env,
@@ -205,12 +209,16 @@ def measure(case: Case) -> Run:
         "contestant": case.contestant,
         "env_steps": steps,
         "updates": contestant.updates() - updates,
-        "ms_per_step": {name: 1e3 * value / steps for name, value in milliseconds.items()},
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_IN_MIB,
+        "ms_per_step": {name: round(1e3 * value / steps, 5) for name, value in seconds.items()},
+        "peak_mib": round(_peak_mib(), 1),
+        "start_mib": round(start_mib, 1),
     }
 
 
-_RSS_UNITS_IN_MIB = 2**20 if sys.platform == "darwin" else 2**10
+def _peak_mib() -> float:
+    """Largest resident memory of this process so far; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure_alone(case: Case) -> Run:
@@ -255,6 +263,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 },
                 "ratio": [median(ratios), min(ratios), max(ratios)],
                 "peak_mib": median(run["peak_mib"] for run in group),
+                "start_mib": median(run["start_mib"] for run in group),
             }
         )
     return rows

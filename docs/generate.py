@@ -18,6 +18,7 @@ from typing import Any
 
 from steelyard.lab import interquartile_mean
 from steelyard.lab._format import effect, number
+from steelyard.lab.report import command
 from steelyard.recipes import catalog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,9 +87,8 @@ def results_section(folder: Path, figures: Iterable[Path]) -> str:
 
 def _result(name: str, result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    command = f"steelyard run {result['recipe']}" + (" --full" if result["form"] == "full" else "")
     facts = (
-        f"`{command}`: {len(result['seeds'])} seeds, {result['steps']:,} steps, "
+        f"`{command(result)}`: {len(result['seeds'])} seeds, {result['steps']:,} steps, "
         f"{result['wall_seconds'] / 60:.0f} minutes on {result['machine']['cores']} cores "
         f"({result['machine']['processor']}), {result['steps_per_second']:,.0f} steps a second. "
         f"Versions: {versions}."
@@ -96,19 +96,24 @@ def _result(name: str, result: dict[str, Any]) -> str:
     failed = "".join(
         f"\n\nSeed {seed} failed: {reason}" for seed, reason in result.get("failed", {}).items()
     )
-    claims = _table(
-        ["claim", "verdict", "effect [95 % interval]", "margin", "seeds", "note"],
-        (
-            [
-                claim["statement"],
-                f"**{claim['verdict']}**",
-                effect(claim),
-                number(claim["margin"]),
-                str(claim["seeds"]),
-                claim["note"],
-            ]
-            for claim in result["claims"]
-        ),
+    judged = [claim for claim in result["claims"] if claim["verdict"] != "NOT RUN"]
+    claims = (
+        "No claim is judged on this part."
+        if not judged
+        else _table(
+            ["claim", "verdict", "effect [95 % interval]", "margin", "seeds", "note"],
+            (
+                [
+                    claim["statement"],
+                    f"**{claim['verdict']}**",
+                    effect(claim),
+                    number(claim["margin"]),
+                    str(claim["seeds"]),
+                    claim["note"],
+                ]
+                for claim in judged
+            ),
+        )
     )
     title = f"### Result: {name}"
     return "\n\n".join([title, facts + failed, claims, *_metric_tables(result["metrics"])])

@@ -46,14 +46,14 @@ def parameters_of(learner: OnPolicyLearner) -> torch.Tensor:
     "objective", [PPO(), BPO(temperature=0.1), BPO(threshold="value")], ids=["ppo", "bpo", "value"]
 )
 def test_cart_pole_is_learned(objective: Objective) -> None:
-    settings = TrainingSettings(rollout_steps=64, epochs=6, minibatch=64, learning_rate=1e-3)
+    settings = TrainingSettings(rollout_steps=32, epochs=4, minibatch=64, learning_rate=2e-3)
     learner = make_learner(mujoco.make_vector_env("CartPole-v1", 8), objective, settings)
     first = learner.advance()["return"]
     best = 0.0
-    while learner.step < 30_000 and best < 120:
+    while learner.step < 12_000 and best < 100:
         best = max(best, learner.advance()["return"])
     assert first < 40, "a policy that acts at random falls after about 20 steps"
-    assert best >= 120
+    assert best >= 100
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
@@ -83,8 +83,7 @@ def assert_goes_on_exactly(make: Any, rollouts: int) -> set[bool]:
         assert resumed.step == unbroken.step
         assert unbroken.advance() == resumed.advance()
         assert torch.equal(parameters_of(unbroken), parameters_of(resumed))
-        for envs in (resumed.envs,):
-            envs.close()
+        resumed.close()
     unbroken.close()
     return standing
 
@@ -113,7 +112,7 @@ def test_a_stored_learner_of_an_atari_game_goes_on_exactly() -> None:
     def make(seed: int) -> OnPolicyLearner:
         return make_learner(atari.make_atari_env("ALE/Breakout-v5", 2), PPO(), settings, seed)
 
-    assert True in assert_goes_on_exactly(make, 4)
+    assert True in assert_goes_on_exactly(make, 2)
 
 
 @pytest.mark.parametrize("kind", ["dense", "convolutional"])
@@ -305,7 +304,7 @@ def test_an_observation_space_of_another_kind_is_refused(observation: Any) -> No
 def test_environments_that_reset_themselves_train_but_cannot_be_stored() -> None:
     learner = make_learner(make_dots(observation=VECTOR, mode=vector.AutoresetMode.NEXT_STEP))
     learner.advance()
-    with pytest.raises(RuntimeError, match="exact resume needs .* DISABLED, got NEXT_STEP"):
+    with pytest.raises(RuntimeError, match="exact resume needs .*DISABLED, got NEXT_STEP"):
         learner.state_dict()
 
 

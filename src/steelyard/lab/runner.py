@@ -159,7 +159,7 @@ def _announcement(folder: Path, recipe: Recipe, setup: Setup) -> str:
         minutes = form.minutes * seeds / form.seeds
         time_needed = f", about {duration(60 * minutes)} on 2 cores"
     return (
-        f"Running {recipe.name} ({setup.form} form): {seeds} seeds, "
+        f"Running {recipe.name} ({setup.form} form): {seeds} seed{'s' * (seeds > 1)}, "
         f"{min(setup.workers, seeds)} at a time{time_needed}. Folder: {folder}"
     )
 
