@@ -49,6 +49,7 @@ def assert_same_run(env_id: str, steps: int, *, seed: int = 0, **kwargs: Any) ->
         shape = (COPIES, *space.shape)
         actions = generator.uniform(1.5 * space.low, 1.5 * space.high, shape).astype(np.float32)
         pairs = zip(fast.step(actions)[:4], plain.step(actions)[:4], strict=True)
+        done = np.zeros(COPIES, dtype=np.bool_)
         for name, (mine, theirs) in zip(
             ("observation", "reward", "terminated", "truncated"), pairs, strict=True
         ):
@@ -56,7 +57,7 @@ def assert_same_run(env_id: str, steps: int, *, seed: int = 0, **kwargs: Any) ->
             assert np.array_equal(mine, theirs), f"{name} at step {step}"
             if name in ended:
                 ended[name] += int(mine.sum())
-                done = mine if name == "terminated" else done | mine
+                done |= mine
         # Also copies that are in the middle of an episode.
         mask = done | (generator.random(COPIES) < 0.01)
         if mask.any():
@@ -163,7 +164,7 @@ def test_an_unknown_id_is_named_with_a_hint(env_id: str, hint: str) -> None:
 
 
 def test_a_task_without_a_batched_form_is_named_and_made_plainly() -> None:
-    with pytest.raises(ValueError, match="env_id must be one of Ant-v5.*'CartPole-v1'"):
+    with pytest.raises(ValueError, match=r"env_id must be one of Ant-v5.*'CartPole-v1'"):
         mujoco.MujocoVectorEnv("CartPole-v1", 1)
     envs = mujoco.make_vector_env("CartPole-v1", 2)
     assert isinstance(envs, gymnasium.vector.SyncVectorEnv)

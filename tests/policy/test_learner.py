@@ -304,7 +304,7 @@ def test_an_observation_space_of_another_kind_is_refused(observation: Any) -> No
 def test_environments_that_reset_themselves_train_but_cannot_be_stored() -> None:
     learner = make_learner(make_dots(observation=VECTOR, mode=vector.AutoresetMode.NEXT_STEP))
     learner.advance()
-    with pytest.raises(RuntimeError, match="exact resume needs .*DISABLED, got NEXT_STEP"):
+    with pytest.raises(RuntimeError, match=r"exact resume needs .*DISABLED, got NEXT_STEP"):
         learner.state_dict()
 
 

@@ -324,7 +324,7 @@ def test_an_action_space_of_another_kind_is_refused(space: Any, continuous: bool
 )
 def test_a_policy_that_does_not_fit_the_actions_is_refused(space: Any, continuous: bool) -> None:
     policy = mlp_actor_critic(1, 2, continuous=continuous)
-    with pytest.raises(ValueError, match="policy has 2 .* actions, but the environments take"):
+    with pytest.raises(ValueError, match=r"policy has 2 .* actions, but the environments take"):
         RolloutCollector(with_spaces(action=space), policy, 4, seed=0)
 
 

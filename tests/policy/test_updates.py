@@ -285,6 +285,9 @@ OTHERS: dict[str, Callable[[], ActorCritic]] = {
     "a law of its own": subclass,
     "a parameter of its own": extra_parameter,
     "layers shared by actor and critic": shared,
+    "a layer used twice": lambda: actor_critic(
+        nn.Sequential(body := linear(4, 4), nn.Tanh(), body, nn.Tanh(), linear())
+    ),
     "a frozen parameter": lambda: frozen(actor_critic(nn.Sequential(linear()))),
     "a trunk": trunk,
 }

@@ -47,6 +47,8 @@ def make_atari_env(env_id: str, num_envs: int) -> Any:
     Source: Machado et al. (2018), Revisiting the Arcade Learning Environment, arXiv:1709.06009.
     """
     check_range("num_envs", num_envs, at_least=1)
+    if not env_id.startswith("ALE/"):
+        raise ValueError(f"env_id must be a game of ale-py, as ALE/Pong-v5, got {env_id!r}")
     gymnasium.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     return _vector.SyncVectorEnv(

@@ -18,7 +18,7 @@ from steelyard._checks import check_choice, check_range
 
 __all__ = ["ActorCritic", "cnn_actor_critic", "mlp_actor_critic"]
 
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -75,7 +75,7 @@ class ActorCritic(nn.Module):
             logprobs = parameters.log_softmax(-1)
             return logprobs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
         score = (actions - parameters) * (-self.log_std).exp()
-        constant = self.log_std.sum() + self.action_size * _HALF_LOG_TWO_PI
+        constant = self.log_std.sum() + self.action_size * HALF_LOG_TWO_PI
         return -0.5 * score.square().sum(-1) - constant
 
     def entropy(self, parameters: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class ActorCritic(nn.Module):
         if self.log_std is None:
             logprobs = parameters.log_softmax(-1)
             return -(logprobs.exp() * logprobs).sum(-1)
-        entropy = self.log_std.sum() + self.action_size * (0.5 + _HALF_LOG_TWO_PI)
+        entropy = self.log_std.sum() + self.action_size * (0.5 + HALF_LOG_TWO_PI)
         return entropy.expand(parameters.shape[:-1])
 
     def noise(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:

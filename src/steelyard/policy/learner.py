@@ -13,9 +13,10 @@ import torch
 from steelyard._checks import check_choice, check_range
 from steelyard.policy.actor_critic import ActorCritic, cnn_actor_critic, mlp_actor_critic
 from steelyard.policy.advantages import gae
+from steelyard.policy.losses import LOG_RATIO_LIMIT
 from steelyard.policy.normalization import ObservationNormalizer, RewardNormalizer
 from steelyard.policy.objectives import Objective, Samples
-from steelyard.policy.rollout import Rollout, RolloutCollector
+from steelyard.policy.rollout import Rollout, RolloutCollector, action_law
 from steelyard.policy.updates import make_updater
 
 __all__ = ["OnPolicyLearner", "TrainingSettings"]
@@ -100,7 +101,7 @@ class OnPolicyLearner:
 
     @property
     def step(self) -> int:
-        """Environment steps taken so far, over all copies."""
+        """Environment steps taken so far, over all copies, with those that only reset one."""
         return self._step
 
     def advance(self) -> dict[str, float]:
@@ -110,7 +111,8 @@ class OnPolicyLearner:
             ``return`` (mean of the last 20 finished episodes; absent before the first),
             ``approx_kl`` (k3, nats), ``out_of_band`` (share of ratios more than 0.01 outside the
             band), ``max_ratio``, all over the whole rollout after the last epoch; ``value_error``
-            (root mean square) before the update, ``entropy`` after it.
+            (root mean square) before the update, ``entropy`` after it. Without a valid step in
+            the rollout only ``return``.
 
         Raises:
             FloatingPointError: a reward, observation or parameter is not finite.
@@ -147,6 +149,9 @@ class OnPolicyLearner:
 
     @torch.no_grad()
     def _report(self, samples: Samples) -> dict[str, float]:
+        row = {"return": sum(self._recent) / len(self._recent)} if self._recent else {}
+        if not len(samples.returns):
+            return row
         pieces = [
             self.policy.evaluate(observations, actions)[:2]
             for observations, actions in zip(
@@ -156,9 +161,8 @@ class OnPolicyLearner:
             )
         ]
         log_ratio = torch.cat([logprob for logprob, _ in pieces]) - samples.logprobs
-        ratio = log_ratio.exp()
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         outside = (ratio - 1).abs() > self.objective.epsilon + _OUT_OF_BAND_SLACK
-        row = {"return": sum(self._recent) / len(self._recent)} if self._recent else {}
         return row | {
             "approx_kl": (ratio - 1 - log_ratio).mean().item(),
             "out_of_band": outside.float().mean().item(),
@@ -196,12 +200,13 @@ def _make_policy(
     envs: Any, objective: Objective, settings: TrainingSettings, generator: torch.Generator
 ) -> ActorCritic:
     observations, actions = envs.single_observation_space, envs.single_action_space
-    continuous = not hasattr(actions, "n")
-    size = actions.shape[0] if continuous else int(actions.n)
+    size, continuous = action_law(actions)
     heads = objective.critic_heads
-    if len(observations.shape) == 3:
+    if len(observations.shape or ()) == 3:
+        if continuous:
+            raise ValueError(f"image observations need Discrete actions, got {actions}")
         return cnn_actor_critic(observations.shape, size, critic_heads=heads, generator=generator)
-    if len(observations.shape) != 1:
+    if len(observations.shape or ()) != 1:
         raise ValueError(f"observations must be vectors or images, got {observations}")
     return mlp_actor_critic(
         observations.shape[0],

@@ -32,11 +32,13 @@ class RunningMoments:
         self.count = 0
 
     def update(self, batch: NDArray[Any]) -> None:
-        """Merge rows ``[B, *shape]``.
+        """Merge rows ``[B, *shape]``; no rows change nothing.
 
         Source: Chan, Golub, LeVeque (1979), parallel update of mean and variance.
         """
         rows = len(batch)
+        if rows == 0:
+            return
         total = self.count + rows
         mean = batch.mean(0, dtype=np.float64)
         delta = mean - self.mean
@@ -116,11 +118,20 @@ class RewardNormalizer:
         self.running = np.zeros(num_envs)
 
     def __call__(
-        self, rewards: NDArray[np.float64], done: NDArray[np.bool_]
+        self,
+        rewards: NDArray[np.float64],
+        done: NDArray[np.bool_],
+        valid: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float64]:
-        """Scale the rewards ``[B]`` of one step; ``done`` restarts a running return after it."""
+        """Scale the rewards ``[B]`` of one step.
+
+        Args:
+            rewards: of this step.
+            done: restarts a running return after it.
+            valid: false where the step only reset an environment: left out of the moments.
+        """
         self.running = self.running * self.gamma + rewards
-        self.moments.update(self.running)
+        self.moments.update(self.running if valid is None else self.running[valid])
         self.running[done] = 0.0
         scaled: NDArray[np.float64] = rewards / np.sqrt(self.moments.variance + _EPS)
         return np.clip(scaled, -_CLIP, _CLIP)

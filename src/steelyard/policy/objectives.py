@@ -177,6 +177,11 @@ class BPO:
         return slope, head_slopes
 
     def _target_and_weight(self, heads: Tensor, batch: Samples) -> tuple[Tensor, Tensor]:
+        if heads.shape[-1] < self.critic_heads:
+            raise ValueError(
+                f"heads must hold {self.critic_heads} columns (value, threshold), "
+                f"got shape {list(heads.shape)}"
+            )
         value, threshold = heads.detach()[:, 0], heads.detach()[:, self.critic_heads - 1]
         target = bpo_target_ratio(
             batch.returns, threshold, epsilon=self.epsilon, temperature=self.temperature
@@ -192,5 +197,7 @@ def _check_coefficients(objective: Objective) -> None:
 
 
 def _value_slope(heads: Tensor, batch: Samples, coefficient: float) -> Tensor:
-    """Derivative of the mean squared error of head 0; other heads are filled by the caller."""
-    return (heads - batch.returns[:, None]).mul_(2 * coefficient / len(heads))
+    """Derivative of the mean squared error of head 0, ``[N, K]`` with 0 for the other heads."""
+    slopes = torch.zeros_like(heads)
+    slopes[:, 0] = (heads[:, 0] - batch.returns).mul_(2 * coefficient / len(heads))
+    return slopes

@@ -11,6 +11,8 @@ Under ``DISABLED`` the collector resets finished copies itself, each episode wit
 Then the state of every environment follows from its episode's seed and actions, so that
 :meth:`RolloutCollector.state_dict` can restore *any* deterministic environment exactly, by playing
 the running episodes again, without asking it for its internals.
+
+Buffers and networks are on the CPU, in float32.
 """
 
 from collections.abc import Callable
@@ -22,13 +24,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import check_choice, check_range, check_shape
 from steelyard.policy.actor_critic import ActorCritic
 from steelyard.policy.normalization import ObservationNormalizer, RewardNormalizer
 from steelyard.policy.updates import DenseNetwork
 
 __all__ = ["Rollout", "RolloutCollector"]
 
+_NOISE = 1 << 20
+"""Stands in the place of an environment's number in the seed of the action noise."""
 _EVALUATION_ROWS = 4096
 """Rows evaluated at once after a rollout: bounds the memory of convolutional features."""
 
@@ -70,8 +74,8 @@ class RolloutCollector:
         reward_normalizer: updated at every step.
 
     Raises:
-        ValueError: ``steps < 1``, an action space of another kind, or one that does not fit the
-            policy.
+        ValueError: ``steps < 1``, an action space of another kind, one that does not fit the
+            policy, or an observation normalizer for images.
         FloatingPointError: an environment returned a non-finite observation or reward.
 
     Example:
@@ -98,34 +102,35 @@ class RolloutCollector:
         self.envs, self.policy, self.steps, self.seed = envs, policy, steps, seed
         self.observation_normalizer = observation_normalizer
         self.reward_normalizer = reward_normalizer
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(_derived_seed(seed, _NOISE))
         self._mode = _autoreset_mode(envs)
         self._low, self._high = _action_bounds(envs.single_action_space, policy)
+        if observation_normalizer is not None and _is_image(envs.single_observation_space):
+            raise ValueError("observation_normalizer must be None for images of bytes")
         self._episodes = np.zeros(envs.num_envs, dtype=np.int64)
+        self._seeds = [self._seed(env) for env in range(envs.num_envs)]
         self._returns = np.zeros(envs.num_envs)
         self._lengths = np.zeros(envs.num_envs, dtype=np.int64)
         self._resetting = np.zeros(envs.num_envs, dtype=np.bool_)
         self._trace: list[NDArray[Any]] = []
-        self._observation, _ = envs.reset(seed=self._seeds())
+        self._observation, _ = envs.reset(seed=self._seeds)
+        _check_finite("observations", self._observation, 0)
         self._update_normalizer(self._observation)
 
-    def _seeds(self) -> list[int]:
-        """One seed for each environment's current episode, independent of all others."""
-        return [
-            int(np.random.SeedSequence([self.seed, env, episode]).generate_state(1)[0] >> 1)
-            for env, episode in enumerate(self._episodes.tolist())
-        ]
+    def _seed(self, env: int) -> int:
+        """Seed of an environment's current episode, independent of all others."""
+        return _derived_seed(self.seed, env, int(self._episodes[env]))
 
     @torch.no_grad()
     def collect(self) -> Rollout:
         """Run ``steps`` steps of every environment."""
         size = (self.steps, self.envs.num_envs)
         shape = self.envs.single_observation_space.shape
-        images = self._observation.dtype == np.uint8
-        observations = torch.empty((*size, *shape), dtype=torch.uint8 if images else torch.float32)
+        dtype = _buffer_dtype(self.envs.single_observation_space)
+        observations = torch.empty((*size, *shape), dtype=dtype)
         noise = self.policy.noise(size, self.generator)
         continuous = self.policy.continuous
-        actions = torch.empty_like(noise) if continuous else noise.new_empty(size).long()
+        actions = torch.empty_like(noise) if continuous else torch.empty(size, dtype=torch.long)
         seen, flags = observations.numpy(), np.zeros((3, *size), dtype=np.bool_)
         terminated, truncated, valid = flags
         rewards = np.empty(size, dtype=np.float32)
@@ -139,7 +144,6 @@ class RolloutCollector:
             np.logical_not(self._resetting, out=valid[t])
             reward, terminated[t], truncated[t] = self._step(action.numpy(), t, final, ended)
             rewards[t] = reward
-        self._check_finite(rewards, seen)
         del self._trace[: len(self._trace) - int(self._lengths.max())]
         logprobs, values = self._evaluate(observations, actions)
         return Rollout(
@@ -164,28 +168,31 @@ class RolloutCollector:
         ended: list[tuple[float, int]],
     ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_]]:
         """Advance all environments, reset what has ended, keep the books."""
+        valid = ~self._resetting
         if self._low is not None:
             action = np.clip(action, self._low, self._high)
         if self._mode == "DISABLED":
             self._trace.append(action)
         self._observation, reward, terminated, truncated, info = self.envs.step(action)
+        _check_finite("rewards", reward, t)
+        _check_finite("observations", self._observation, t)
         done = terminated | truncated
         self._returns += reward
-        self._lengths += ~self._resetting
+        self._lengths += valid
         if done.any():
             indices = np.flatnonzero(done).tolist()
             ended += [(float(self._returns[i]), int(self._lengths[i])) for i in indices]
             self._returns[done], self._lengths[done] = 0.0, 0
-            last = self._restart(done, info)
+            last = self._restart(done, info, t)
             for i in indices if last is not None else ():
                 final[t, i] = self._normalized(np.asarray(last[i]))
         self._resetting = done if self._mode == "NEXT_STEP" else self._resetting
         self._update_normalizer(self._observation)
         if self.reward_normalizer is not None:
-            reward = self.reward_normalizer(np.asarray(reward, dtype=np.float64), done)
+            reward = self.reward_normalizer(np.asarray(reward, dtype=np.float64), done, valid)
         return reward, terminated, truncated
 
-    def _restart(self, done: NDArray[np.bool_], info: dict[str, Any]) -> Any:
+    def _restart(self, done: NDArray[np.bool_], info: dict[str, Any], t: int) -> Any:
         """Begin new episodes where the mode asks for it; return the states the old ones ended in.
 
         ``None`` under ``NEXT_STEP``, where the observation itself is that state.
@@ -196,9 +203,12 @@ class RolloutCollector:
             return info["final_obs"]
         last = np.array(self._observation)
         self._episodes += done
+        for env in np.flatnonzero(done).tolist():
+            self._seeds[env] = self._seed(env)
         self._observation, _ = self.envs.reset(
-            seed=self._seeds(), options={"reset_mask": np.array(done)}
+            seed=self._seeds, options={"reset_mask": np.array(done)}
         )
+        _check_finite("observations", self._observation, t)
         return last
 
     def _normalized(self, observation: NDArray[Any]) -> NDArray[Any]:
@@ -228,7 +238,9 @@ class RolloutCollector:
         """Values one step later; those of the final states where an episode ended."""
         last = self._normalized(self._observation)
         rows = [np.asarray(last), *(row[None] for row in final.values())]
-        states = torch.from_numpy(np.concatenate(rows)).to(_input_dtype(last))
+        states = torch.from_numpy(np.concatenate(rows)).to(
+            _buffer_dtype(self.envs.single_observation_space)
+        )
         heads = self.policy.critic(self.policy.trunk(states))[:, 0]
         count = values.shape[1]
         next_values = torch.cat((values[1:], heads[None, :count]))
@@ -236,15 +248,6 @@ class RolloutCollector:
             steps, envs = (torch.tensor(index) for index in zip(*final, strict=True))
             next_values[steps, envs] = heads[count:]
         return next_values
-
-    def _check_finite(self, rewards: NDArray[Any], observations: NDArray[Any]) -> None:
-        for name, array in (("rewards", rewards), ("observations", observations)):
-            if not np.isfinite(array).all():
-                where = np.argwhere(~np.isfinite(array))[0]
-                raise FloatingPointError(
-                    f"{name} of environment {where[1]} are not finite at step {where[0]} "
-                    "of the rollout"
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next rollout depends on but the policy.
@@ -259,6 +262,7 @@ class RolloutCollector:
             )
         normalizers = (self.observation_normalizer, self.reward_normalizer)
         return {
+            "seed": self.seed,
             "generator": self.generator.get_state(),
             "episodes": torch.from_numpy(self._episodes.copy()),
             "returns": torch.from_numpy(self._returns.copy()),
@@ -268,11 +272,18 @@ class RolloutCollector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict` by playing the running episodes again."""
+        """Restore :meth:`state_dict` by playing the running episodes again.
+
+        Raises:
+            ValueError: the state is of another number of environments.
+        """
+        check_shape("episodes", state["episodes"], (self.envs.num_envs,))
+        self.seed = state["seed"]
         self.generator.set_state(state["generator"])
         self._episodes = state["episodes"].numpy().copy()
         self._returns = state["returns"].numpy().copy()
         self._lengths = state["lengths"].numpy().copy()
+        self._seeds = [self._seed(env) for env in range(len(self._episodes))]
         self._trace = [] if state["trace"] is None else list(state["trace"].numpy())
         self._replay()
         normalizers = (self.observation_normalizer, self.reward_normalizer)
@@ -286,17 +297,22 @@ class RolloutCollector:
         All are stepped together through the trace; one whose episode begins later plays on with
         its old actions until then, and is reset to the right seed when its turn comes.
         """
-        seeds, starts = self._seeds(), len(self._trace) - self._lengths
+        starts = len(self._trace) - self._lengths
 
         def reset(mask: NDArray[np.bool_]) -> None:
             if mask.any():
                 options = {"reset_mask": mask}
-                self._observation, _ = self.envs.reset(seed=seeds, options=options)
+                self._observation, _ = self.envs.reset(seed=self._seeds, options=options)
 
         reset(np.ones_like(starts, dtype=np.bool_))
         for index, action in enumerate(self._trace):
             self._observation, _, terminated, truncated, _ = self.envs.step(action)
             reset(terminated | truncated | (starts == index + 1))
+
+
+def _derived_seed(*key: int) -> int:
+    """A seed below 2^31 for each key, independent of those of other keys."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
 
 
 def _autoreset_mode(envs: Any) -> str:
@@ -307,18 +323,28 @@ def _autoreset_mode(envs: Any) -> str:
     return name
 
 
+def action_law(space: Any) -> tuple[int, bool]:
+    """Number or dimension of a space's actions, and whether they are continuous.
+
+    Raises:
+        ValueError: the space is neither a Discrete that starts at 0 nor a 1-D Box.
+    """
+    if hasattr(space, "n") and space.shape == () and space.start == 0:
+        return int(space.n), False
+    if hasattr(space, "low") and len(space.shape) == 1:
+        return int(space.shape[0]), True
+    raise ValueError(f"action space must be Discrete (from 0) or a 1-D Box, got {space}")
+
+
 def _action_bounds(space: Any, policy: ActorCritic) -> tuple[Any, Any]:
     """Low and high of a Box space; ``None`` for a Discrete one."""
-    discrete = hasattr(space, "n")
-    if not discrete and not (hasattr(space, "low") and len(space.shape) == 1):
-        raise ValueError(f"action space must be Discrete or a 1-D Box, got {space}")
-    size = int(space.n) if discrete else space.shape[0]
-    if discrete == policy.continuous or size != policy.action_size:
+    size, continuous = action_law(space)
+    if (size, continuous) != (policy.action_size, policy.continuous):
         kind = "continuous" if policy.continuous else "discrete"
         raise ValueError(
             f"policy has {policy.action_size} {kind} actions, but the environments take {space}"
         )
-    return (None, None) if discrete else (space.low, space.high)
+    return (space.low, space.high) if continuous else (None, None)
 
 
 def _actor(policy: ActorCritic, rows: int) -> Callable[[Tensor], Tensor]:
@@ -329,5 +355,18 @@ def _actor(policy: ActorCritic, rows: int) -> Callable[[Tensor], Tensor]:
     return lambda observations: policy.actor(policy.trunk(observations))
 
 
-def _input_dtype(observations: NDArray[Any]) -> torch.dtype:
-    return torch.uint8 if observations.dtype == np.uint8 else torch.float32
+def _is_image(space: Any) -> bool:
+    return len(space.shape) == 3 and space.dtype == np.uint8
+
+
+def _buffer_dtype(space: Any) -> torch.dtype:
+    return torch.uint8 if _is_image(space) else torch.float32
+
+
+def _check_finite(name: str, array: NDArray[Any], step: int) -> None:
+    """Require finite numbers, ``[B, ..]``; bytes are finite anyway."""
+    if array.dtype != np.uint8 and not np.isfinite(array).all():
+        env = np.argwhere(~np.isfinite(array))[0][0]
+        raise FloatingPointError(
+            f"{name} of environment {env} are not finite at step {step} of the rollout"
+        )

@@ -4,18 +4,20 @@
 same arithmetic for actor-critics made of linear, tanh and ReLU layers, with the gradients written
 out: small networks spend most of their time in the bookkeeping of automatic differentiation and of
 the optimiser, not in arithmetic. All parameters and gradients live in one flat vector each, every
-product goes to a buffer made in advance, and a minibatch is a slice of one shuffled matrix.
+matrix product goes to a buffer made in advance, and a minibatch is a slice of one shuffled matrix.
 
 Both take the same steps: a test holds their parameters equal after an update.
 """
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steelyard._checks import check_range
-from steelyard.policy.actor_critic import ActorCritic
+from steelyard.policy.actor_critic import HALF_LOG_TWO_PI, ActorCritic
 from steelyard.policy.objectives import Objective, Samples
 
 __all__ = ["AutogradUpdater", "DenseNetwork", "DenseUpdater", "Updater", "make_updater"]
@@ -58,10 +60,7 @@ def make_updater(
         >>> type(make_updater(cnn_actor_critic((4, 84, 84), 6, critic_heads=2), BPO()))
         <class 'steelyard.policy.updates.AutogradUpdater'>
     """
-    dense = isinstance(policy.trunk, nn.Identity) and all(
-        DenseNetwork.supports(network) for network in (policy.actor, policy.critic)
-    )
-    kind = DenseUpdater if dense else AutogradUpdater
+    kind = DenseUpdater if DenseUpdater.supports(policy) else AutogradUpdater
     return kind(policy, objective, generator=generator)
 
 
@@ -102,7 +101,7 @@ class AutogradUpdater:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimiser; the parameters belong to the policy."""
-        return self.optimizer.state_dict()
+        return deepcopy(self.optimizer.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
@@ -128,17 +127,18 @@ class DenseNetwork:
         self.bias_slopes = [layer.bias.grad for layer in linear]
         self.rows = rows
         self.outputs = [torch.empty(rows, layer.out_features) for layer in linear]
-        self.slopes = [torch.empty(rows, layer.out_features) for layer in linear]
+        self.slopes = [torch.empty(rows, layer.out_features) for layer in linear[:-1]]
         self.inputs: list[Tensor] = []
 
     @staticmethod
     def supports(network: nn.Module) -> bool:
         """Tell whether a network alternates float32 CPU linear layers with tanh or ReLU."""
-        if not isinstance(network, nn.Sequential) or len(network) % 2 == 0:
+        # Exact types: a subclass may compute something else.
+        if type(network) is not nn.Sequential or len(network) % 2 == 0:
             return False
         linear, between = list(network)[::2], list(network)[1::2]
-        return all(isinstance(layer, nn.Tanh | nn.ReLU) for layer in between) and all(
-            isinstance(layer, nn.Linear)
+        return all(type(layer) in (nn.Tanh, nn.ReLU) for layer in between) and all(
+            type(layer) is nn.Linear
             and layer.bias is not None
             and layer.weight.dtype == torch.float32
             and layer.weight.device.type == "cpu"
@@ -179,6 +179,9 @@ class DenseUpdater:
     """The same updates as :class:`AutogradUpdater` for dense actor-critics, by hand.
 
     The policy's parameters become views of one flat vector.
+
+    Raises:
+        ValueError: the policy is not one that :meth:`supports` admits.
     """
 
     def __init__(
@@ -189,11 +192,32 @@ class DenseUpdater:
         generator: torch.Generator | None = None,
     ) -> None:
         self.policy, self.objective, self.generator = policy, objective, generator
+        if not self.supports(policy):
+            raise ValueError("policy must be a dense actor-critic, see DenseUpdater.supports")
         self.flat, self.gradient = _flatten(policy)
         self.first = torch.zeros_like(self.flat)
         self.second = torch.zeros_like(self.flat)
         self.steps = 0
         self._networks: tuple[DenseNetwork, DenseNetwork] | None = None
+
+    @staticmethod
+    def supports(policy: ActorCritic) -> bool:
+        """Tell whether a policy is two separate dense networks, all of whose parameters train."""
+        networks = [
+            network
+            for network in (policy.actor, policy.critic)
+            if isinstance(network, nn.Sequential) and DenseNetwork.supports(network)
+        ]
+        parameters = list(policy.parameters())
+        layers = sum(len(network) // 2 + 1 for network in networks)
+        return (
+            type(policy) is ActorCritic
+            and isinstance(policy.trunk, nn.Identity)
+            and len(networks) == 2
+            # Fewer parameters: some are shared, and their gradients add up. More: unknown use.
+            and len(parameters) == 2 * layers + policy.continuous
+            and all(p.requires_grad and p.dtype == torch.float32 for p in parameters)
+        )
 
     @torch.no_grad()
     def epoch(self, samples: Samples, minibatch: int, learning_rate: float) -> None:
@@ -249,7 +273,7 @@ class DenseUpdater:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimiser; the parameters belong to the policy."""
-        return {"first": self.first, "second": self.second, "steps": self.steps}
+        return {"first": self.first.clone(), "second": self.second.clone(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
@@ -272,7 +296,11 @@ def _flatten(module: nn.Module) -> tuple[Tensor, Tensor]:
     return flat, gradient
 
 
-def _gaussian_slopes(policy: ActorCritic, means: Tensor, actions: Tensor) -> tuple[Tensor, Any]:
+_Law = tuple[Tensor, Callable[[Tensor, float], Tensor]]
+"""Log-probability, and the map from its slope and the entropy bonus to the parameters' slope."""
+
+
+def _gaussian_slopes(policy: ActorCritic, means: Tensor, actions: Tensor) -> _Law:
     """Log-probability, and the map from its slope to the slope of the means.
 
     With z = (a - m)/s: d logp/dm = z/s and d logp/d log s = z^2 - 1; the entropy grows by one for
@@ -283,7 +311,7 @@ def _gaussian_slopes(policy: ActorCritic, means: Tensor, actions: Tensor) -> tup
     inverse = (-log_std).exp()
     score = (actions - means).mul_(inverse)
     squared = score.square()
-    constant = log_std.sum() + policy.action_size * 0.9189385332046727
+    constant = log_std.sum() + policy.action_size * HALF_LOG_TWO_PI
     logprob = squared.sum(-1).mul_(-0.5).sub_(constant)
 
     def back(slope: Tensor, entropy_coef: float) -> Tensor:
@@ -295,7 +323,7 @@ def _gaussian_slopes(policy: ActorCritic, means: Tensor, actions: Tensor) -> tup
     return logprob, back
 
 
-def _categorical_slopes(policy: ActorCritic, logits: Tensor, one_hot: Tensor) -> tuple[Tensor, Any]:
+def _categorical_slopes(policy: ActorCritic, logits: Tensor, one_hot: Tensor) -> _Law:
     """Log-probability, and the map from its slope to the slope of the logits.
 
     d logp/d logit = one_hot - p; the entropy's is -p (log p + H).
