@@ -137,13 +137,15 @@ class RolloutCollector:
         act = _actor(self.policy, self.envs.num_envs)
         final: dict[tuple[int, int], NDArray[Any]] = {}
         ended: list[tuple[float, int]] = []
-        for t in range(self.steps):
-            seen[t] = self._normalized(self._observation)
-            action = self.policy.sample(act(observations[t]), noise[t])
-            actions[t] = action
-            np.logical_not(self._resetting, out=valid[t])
-            reward, terminated[t], truncated[t] = self._step(action.numpy(), t, final, ended)
-            rewards[t] = reward
+        # Inference mode skips bookkeeping that no_grad keeps; what it fills was made outside of it.
+        with torch.inference_mode():
+            for t in range(self.steps):
+                seen[t] = self._normalized(self._observation)
+                action = self.policy.sample(act(observations[t]), noise[t])
+                actions[t] = action
+                np.logical_not(self._resetting, out=valid[t])
+                reward, terminated[t], truncated[t] = self._step(action.numpy(), t, final, ended)
+                rewards[t] = reward
         del self._trace[: len(self._trace) - int(self._lengths.max())]
         logprobs, values = self._evaluate(observations, actions)
         return Rollout(

@@ -4,7 +4,8 @@
 same arithmetic for actor-critics made of linear, tanh and ReLU layers, with the gradients written
 out: small networks spend most of their time in the bookkeeping of automatic differentiation and of
 the optimiser, not in arithmetic. All parameters and gradients live in one flat vector each, every
-matrix product goes to a buffer made in advance, and a minibatch is a slice of one shuffled matrix.
+matrix product goes to a buffer made in advance, and each field of the samples is shuffled once a
+pass.
 
 Both take the same steps: a test holds their parameters equal after an update.
 """
@@ -25,6 +26,9 @@ __all__ = ["AutogradUpdater", "DenseNetwork", "DenseUpdater", "Updater", "make_u
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-5
 """The value policy-gradient implementations use, larger than the optimiser's own 1e-8."""
+
+_MINUS_ONE = torch.tensor(-1.0)
+"""A tensor, because adding a scaled tensor to it is one operation."""
 
 
 class Updater(Protocol):
@@ -114,7 +118,7 @@ class DenseNetwork:
     Args:
         network: see :meth:`supports`; its parameters must have gradients allocated before
             :meth:`backward` is called, which overwrites them.
-        rows: largest number of rows of a batch.
+        rows: number of rows of every batch.
     """
 
     def __init__(self, network: nn.Sequential, rows: int) -> None:
@@ -145,20 +149,20 @@ class DenseNetwork:
             for layer in linear
         )
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``[N, K]`` for rows ``[N, D]``: a view of a buffer, valid until the next call."""
-        rows = x.shape[0]
+        """Outputs ``[N, K]`` for rows ``[N, D]``: a buffer, valid until the next call."""
         self.inputs = [x]
         for weight, bias, buffer, tanh in zip(
             self.transposed, self.biases, self.outputs, self.tanh, strict=False
         ):
-            x = torch.addmm(bias, x, weight, out=buffer[:rows])
-            x = x.tanh_() if tanh else x.clamp_min_(0.0)
+            if tanh:  # tanh(x) = 2 sigmoid(2 x) - 1, which has a faster kernel
+                x = torch.addmm(bias, x, weight, beta=2, alpha=2, out=buffer).sigmoid_()
+                torch.add(_MINUS_ONE, x, alpha=2, out=x)
+            else:
+                x = torch.addmm(bias, x, weight, out=buffer).clamp_min_(0.0)
             self.inputs.append(x)
-        return torch.addmm(self.biases[-1], x, self.transposed[-1], out=self.outputs[-1][:rows])
+        return torch.addmm(self.biases[-1], x, self.transposed[-1], out=self.outputs[-1])
 
-    @torch.no_grad()
     def backward(self, slope: Tensor) -> None:
         """Write the parameters' gradients, given the loss's derivative in the outputs."""
         for index in range(len(self.weights) - 1, -1, -1):
@@ -167,8 +171,7 @@ class DenseNetwork:
             torch.sum(slope, 0, out=self.bias_slopes[index])
             if index == 0:
                 return
-            below = self.slopes[index - 1][: inputs.shape[0]]
-            slope = torch.mm(slope, self.weights[index], out=below)
+            slope = torch.mm(slope, self.weights[index], out=self.slopes[index - 1])
             if self.tanh[index - 1]:
                 slope.addcmul_(slope * inputs, inputs, value=-1)  # tanh' = 1 - tanh^2
             else:
@@ -219,31 +222,25 @@ class DenseUpdater:
             and all(p.requires_grad and p.dtype == torch.float32 for p in parameters)
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def epoch(self, samples: Samples, minibatch: int, learning_rate: float) -> None:
         """Take one optimiser step for each minibatch of a random order of the samples."""
+        check_range("minibatch", minibatch, at_least=1)
+        if not self.policy.continuous:
+            one_hot = nn.functional.one_hot(samples.actions, self.policy.action_size)
+            samples = samples._replace(actions=one_hot.float())
         count = len(samples.returns)
         order = torch.randperm(count, generator=self.generator)
-        packed, widths = self._pack(samples)
-        packed = packed[order]
-        for part in _minibatches(count, minibatch):
-            observations, actions, rest = torch.split(packed[part], widths, dim=1)
-            batch = Samples(observations, actions, rest[:, 0], rest[:, 1], rest[:, 2])
-            self._backward(batch, minibatch)
+        fields = (torch.split(field[order], minibatch) for field in samples)
+        for parts in zip(*fields, strict=True) if count else ():
+            self._backward(Samples(*parts))
             self._clip()
             self._adam(learning_rate)
 
-    def _pack(self, samples: Samples) -> tuple[Tensor, list[int]]:
-        """Put everything of a sample into one row; categorical actions as one-hot."""
-        actions = samples.actions
-        if not self.policy.continuous:
-            actions = nn.functional.one_hot(actions, self.policy.action_size).float()
-        columns = [samples.observations, actions, torch.stack(samples[2:], 1)]
-        return torch.cat(columns, 1), [column.shape[1] for column in columns]
-
-    def _backward(self, batch: Samples, rows: int) -> None:
+    def _backward(self, batch: Samples) -> None:
         """Write the gradient of the loss of a minibatch into the flat gradient."""
-        if self._networks is None or self._networks[0].rows < rows:
+        rows = len(batch.returns)
+        if self._networks is None or self._networks[0].rows != rows:
             actor, critic = self.policy.actor, self.policy.critic
             assert isinstance(actor, nn.Sequential)
             assert isinstance(critic, nn.Sequential)
@@ -258,8 +255,10 @@ class DenseUpdater:
         critic_net.backward(head_slopes)
 
     def _clip(self) -> None:
-        norm = torch.linalg.vector_norm(self.gradient)
-        self.gradient.mul_((self.objective.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+        norm = torch.linalg.vector_norm(self.gradient).item()
+        scale = self.objective.max_grad_norm / (norm + 1e-6)
+        if scale < 1:
+            self.gradient.mul_(scale)
 
     def _adam(self, learning_rate: float) -> None:
         beta1, beta2 = ADAM_BETAS
