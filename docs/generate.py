@@ -45,6 +45,8 @@ def expected(root: Path) -> Iterator[tuple[Path, bytes]]:
     yield _filled(root / "README.md", "systems", systems_table("docs/systems/", root))
     index = root / "docs/systems/index.md"
     yield _filled(index, "systems", systems_table("", root))
+    benchmark = rl_benchmark(root / "benchmarks/results/rl.json")
+    yield _filled(root / "docs/benchmarks.md", "benchmark-rl", benchmark)
     for system in catalog.SYSTEMS:
         page = root / f"docs/systems/{system.name}.md"
         if not page.exists():
@@ -85,13 +87,72 @@ def results_section(folder: Path, figures: Iterable[Path]) -> str:
     return "\n\n".join([parts[0], *images, *parts[1:]])
 
 
+def rl_benchmark(file: Path) -> str:
+    """Return what the committed measurement of training speed says."""
+    if not file.exists():
+        return "No result is committed yet."
+    result = json.loads(file.read_text(encoding="utf-8"))
+    settings, machine = result["settings"], result["machine"]
+    facts = (
+        f"{settings['rounds']} rounds; {settings['rollouts']} counted rollouts of "
+        f"{settings['steps']} steps of {settings['num_envs']} environments, "
+        f"{settings['epochs']} epochs each; {machine['processor']}, {settings['threads']} thread; "
+        f"{result['wall_seconds'] / 60:.0f} minutes. Versions: {_versions(result)}."
+    )
+    ratios = _table(
+        ["task", "minibatch", "CPU time of the better peer by Steelyard's"],
+        (
+            [row["env"], str(row["minibatch"]), f"**{_middle(row['ratio'])}**"]
+            for row in result["against_better"]
+        ),
+    )
+    cases: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in result["summary"]:
+        cases[f"{row['env']}, minibatch {row['minibatch']}"].append(row)
+    tables = [f"### {case}\n\n{_speed_table(rows)}" for case, rows in cases.items()]
+    return "\n\n".join([facts, ratios, *tables])
+
+
+def _speed_table(rows: Iterable[dict[str, Any]]) -> str:
+    parts = ("stepping", "update", "rest")
+    return _table(
+        [
+            "training loop",
+            "CPU ms a step",
+            "steps a CPU second",
+            "by Steelyard's",
+            *parts,
+            "peak MiB (at start)",
+        ],
+        (
+            [
+                row["contestant"],
+                f"{row['ms_per_step']['cpu']:.3f}",
+                number(1000 / row["ms_per_step"]["cpu"]),
+                _middle(row["ratio"]),
+                *(f"{row['ms_per_step'][part]:.3f}" for part in parts),
+                f"{row['peak_mib']:.0f} ({row['start_mib']:.0f})",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def _middle(values: Sequence[float]) -> str:
+    middle, low, high = values
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _versions(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+
 def _result(name: str, result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     facts = (
         f"`{command(result)}`: {len(result['seeds'])} seeds, {result['steps']:,} steps, "
         f"{result['wall_seconds'] / 60:.0f} minutes on {result['machine']['cores']} cores "
         f"({result['machine']['processor']}), {result['steps_per_second']:,.0f} steps a second. "
-        f"Versions: {versions}."
+        f"Versions: {_versions(result)}."
     )
     failed = "".join(
         f"\n\nSeed {seed} failed: {reason}" for seed, reason in result.get("failed", {}).items()

@@ -99,7 +99,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _list(arguments: list[str]) -> int:
     if arguments:  # --help, or a mistake: only then is the parser worth its import
-        from steelyard._arguments import List, parse
+        from steelyard.cli.arguments import List, parse
 
         parse(List, arguments)
     from rich.console import Console
@@ -128,7 +128,7 @@ def _list(arguments: list[str]) -> int:
 def _show(arguments: list[str]) -> int:
     from rich.console import Console
 
-    from steelyard._arguments import Show, parse
+    from steelyard.cli.arguments import Show, parse
 
     console = Console(highlight=False, markup=False)
     name = parse(Show, arguments).name
@@ -182,7 +182,7 @@ def _run(arguments: list[str]) -> int:
     if name.startswith("-"):
         raise ValueError(f"the NAME comes first: steelyard run NAME {shlex.join(arguments)}")
     recipe = _load(name)
-    from steelyard._arguments import parse_run
+    from steelyard.cli.arguments import parse_run
 
     form_name = "full" if "--full" in flags else "quick"
     form = recipe.form(form_name)
@@ -211,7 +211,7 @@ def _run(arguments: list[str]) -> int:
 def _resume(arguments: list[str]) -> int:
     from rich.console import Console
 
-    from steelyard._arguments import Resume, parse
+    from steelyard.cli.arguments import Resume, parse
     from steelyard.lab.runner import resume_run
 
     given = parse(Resume, arguments)
@@ -220,7 +220,7 @@ def _resume(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from steelyard._arguments import Report, parse
+    from steelyard.cli.arguments import Report, parse
     from steelyard.lab.report import find_results, render_results
 
     given = parse(Report, arguments)
@@ -240,7 +240,7 @@ def _known_places() -> list[Path]:
 
 
 def _copy(arguments: list[str]) -> int:
-    from steelyard._arguments import Copy, parse
+    from steelyard.cli.arguments import Copy, parse
 
     given = parse(Copy, arguments)
     system = _ready(given.name)
@@ -256,10 +256,10 @@ def _copy(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    from steelyard._arguments import Doctor, parse
+    from steelyard.cli.arguments import Doctor, parse
 
     parse(Doctor, arguments)
-    from steelyard._doctor import examine
+    from steelyard.cli.doctor import examine
 
     return examine()
 
