@@ -26,6 +26,7 @@ def result(**changes: object) -> dict[str, object]:
     base: dict[str, object] = {
         "recipe": "bpo",
         "form": "full",
+        "config": {"parts": ["exact"]},
         "seeds": [0, 1, 2],
         "steps": 12_345,
         "wall_seconds": 600.0,
@@ -76,7 +77,8 @@ def test_every_system_has_one_row(script: Script, root: Path) -> None:
 
 def test_results_show_verdict_seeds_versions_and_every_number(script: Script) -> None:
     section = script("generate")._result("full", result())
-    assert "`steelyard run bpo --full`: 3 seeds, 12,345 steps, 10 minutes on 2 cores" in section
+    command = "`steelyard run bpo --full --seeds 3 --parts exact`"
+    assert f"{command}: 3 seeds, 12,345 steps, 10 minutes on 2 cores" in section
     assert "torch 2.13.0" in section
     assert r"| b rises \| always | **HOLDS** | +0.5 [0.25, 0.75] | 0 | 3 |  |" in section
     assert "| trial | largest ratio | kl |" in section
@@ -93,6 +95,13 @@ def test_the_full_form_comes_first_with_the_figures(script: Script, tmp_path: Pa
     section = script("generate").results_section(tmp_path, [figure])
     parts = re.findall(r"^(?:### Result: (\w+)|!\[x\]\((.*)\))$", section, re.MULTILINE)
     assert parts == [("full", ""), ("", "../figures/bpo-x.svg"), ("atari", ""), ("quick", "")]
+
+
+def test_claims_on_parts_that_were_not_run_are_left_out(script: Script) -> None:
+    claims = [dict(claim, verdict="NOT RUN") for claim in result()["claims"]]
+    section = script("generate")._result("search", result(claims=claims))
+    assert "NOT RUN" not in section
+    assert "No claim is judged on this part." in section
 
 
 def test_a_seed_that_failed_is_not_hidden(script: Script) -> None:

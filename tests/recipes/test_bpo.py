@@ -15,9 +15,9 @@ TINY = bpo.Config(
     iterations=3,
     stability_envs=("CartPole-v1",),
     stability_epochs=(1, 2),
-    stability_steps=1024,
+    stability_steps=1,  # one rollout
     control_envs=("Hopper-v5",),
-    control_steps=2048,
+    control_steps=1,
 )
 
 
@@ -69,7 +69,7 @@ def test_ppo_with_exact_advantages_of_all_pairs_never_lowers_the_return():
 
 @pytest.mark.rl
 def test_every_part_runs_and_gives_what_its_claims_need(tmp_path):
-    metrics = bpo.run(TINY, Lab(tmp_path, 0, tensorboard=False))
+    metrics = bpo.run(TINY, Lab(tmp_path, 0, tensorboard=False, checkpoint_seconds=3600))
     assert metrics["exact/optimum/monotone"] == 1.0
     assert metrics["stability/CartPole-v1/bpo/growth"] == pytest.approx(
         metrics["stability/CartPole-v1/epochs=2/bpo/out_of_band"]
