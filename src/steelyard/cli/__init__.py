@@ -324,7 +324,8 @@ def _summary(folder: Path) -> int:
     table = Table(title="Verdicts", title_justify="left")
     for heading in ("verdict", "claim", "effect [95 % interval]", "needed", "seeds"):
         table.add_column(heading)
-    for row in result["claims"]:
+    judged = [row for row in result["claims"] if row["verdict"] != "NOT RUN"]
+    for row in judged:
         statement = row["statement"] + (f" ({row['note']})" if row["note"] else "")
         table.add_row(
             Text(row["verdict"], style=VERDICT_STYLES.get(row["verdict"], "dim")),
@@ -336,6 +337,8 @@ def _summary(folder: Path) -> int:
     console = Console(highlight=False)
     console.print(table)
     console.print("An effect is a difference per seed, positive = as claimed.", style="dim")
+    if left := len(result["claims"]) - len(judged):
+        console.print(f"{_count(left, 'claim')} on parts that were not run.", style="dim")
     console.print(Text(f"Figures: {folder / 'figures'}"))
     console.print(Text(f"Report:  {folder / 'report.html'}"))
     return 0

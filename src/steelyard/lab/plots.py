@@ -77,8 +77,9 @@ def draw_figures(
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     with mpl.rc_context(STYLE):
-        if result.get("claims"):
-            figures["claims"] = _forest_figure(result["claims"])
+        judged = [claim for claim in result.get("claims", ()) if claim["verdict"] != "NOT RUN"]
+        if judged:
+            figures["claims"] = _forest_figure(judged)
         groups = _groups(result.get("curves", {}))
         styles = _styles(method for trials in groups.values() for method in trials)
         for (group, metric), trials in groups.items():
