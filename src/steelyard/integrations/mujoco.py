@@ -9,7 +9,9 @@ Gymnasium's, bit by bit; only the ``info`` dictionaries are left empty.
 Needs the extra ``rl``: ``pip install 'steelyard[rl]'``.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -84,9 +86,26 @@ def make_vector_env(env_id: str, num_envs: int, *, fast: bool = True, **kwargs: 
 
 def _make(env_id: str, **kwargs: Any) -> Any:
     try:
-        return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+        with _model_deprecations_unsaid():
+            return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     except gymnasium.error.Error as error:
         raise ValueError(f"cannot make environment {env_id!r}: {error}") from error
+
+
+@contextmanager
+def _model_deprecations_unsaid() -> Iterator[None]:
+    """Drop MuJoCo's remarks on the syntax of Gymnasium's model files; warn of everything else."""
+
+    def warn(message: str) -> None:
+        if "deprecated" not in message:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 class MujocoVectorEnv(_vector.VectorEnv):  # type: ignore[misc, name-defined]
