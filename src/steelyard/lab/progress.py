@@ -66,7 +66,7 @@ def _steps(step: int, total: int | None, rate: float) -> str:
     steps = f"{step:,} of {total:,} steps"
     if rate <= 0:
         return steps
-    return f"{steps}, {rate:,.0f}/s, {duration((total - step) / rate)} left"
+    return f"{steps}, {rate:,.0f}/s, {duration(max(0, total - step) / rate)} left"
 
 
 class _Bars:
