@@ -122,6 +122,12 @@ def test_stability_figure_has_a_panel_for_each_task_and_quantity():
         for method in ("ppo", "bpo")
         for metric in ("out_of_band", "max_kl")
     }
+    growth = {
+        f"stability/{env}/{method}/growth": value
+        for env in ("A-v0", "B-v0")
+        for method, value in (("ppo", 0.2), ("bpo", 0.1))
+    }
+    values |= growth
     config = {"parts": ["stability"], "stability_envs": ["A-v0", "B-v0"]}
     result = {
         "metrics": {"0": values, "1": values},
@@ -129,4 +135,8 @@ def test_stability_figure_has_a_panel_for_each_task_and_quantity():
     }
     figure = bpo.figures(result)["stability"]
     assert len(figure.axes) == 4
+    assert "BPO pulls them back" in figure.get_suptitle()
+    for metrics in result["metrics"].values():
+        metrics["stability/A-v0/bpo/growth"] = 0.3
+    assert "BPO" not in bpo.figures(result)["stability"].get_suptitle()
     assert bpo.figures({"metrics": {}, "config": {"parts": ["exact"]}}) == {}

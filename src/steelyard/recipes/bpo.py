@@ -475,5 +475,13 @@ def figures(result: dict[str, Any]) -> "dict[str, Figure]":
             ("max_kl", "largest KL of an update (nats)"),
         )
     }
-    title = "More epochs push PPO's ratios out of the band; BPO pulls them back"
+    grew = [
+        sum(
+            values[f"stability/{env}/ppo/growth"] - values[f"stability/{env}/bpo/growth"]
+            for values in metrics.values()
+        )
+        for env in config["stability_envs"]
+    ]
+    pushed = "More epochs push PPO's ratios out of the band; BPO pulls them back"
+    title = pushed if min(grew) > 0 else "Ratios and KL against the number of epochs"
     return {"stability": draw_against(panels, "epochs a rollout", title)}
