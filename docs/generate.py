@@ -78,8 +78,12 @@ def systems_table(pages: str, root: Path) -> str:
 
 def results_section(folder: Path, figures: Iterable[Path]) -> str:
     """Return what the committed results of one system say: verdicts, figures, all numbers."""
-    files = sorted(folder.glob("*.json"), key=lambda path: (path.stem != "full", path.stem))
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    results = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    }
+    order = sorted(results, key=lambda stem: (not _judged(results[stem]), stem != "full", stem))
+    results = {stem: results[stem] for stem in order}
     parts = [_result(name, result) for name, result in results.items() if "claims" in result]
     if not parts:
         return "No result is committed yet."
@@ -145,6 +149,10 @@ def _middle(values: Sequence[float]) -> str:
 
 def _versions(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+
+def _judged(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [claim for claim in result.get("claims", ()) if claim["verdict"] != "NOT RUN"]
 
 
 def _result(name: str, result: dict[str, Any]) -> str:
