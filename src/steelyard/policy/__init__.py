@@ -16,6 +16,13 @@ from steelyard.policy.bounded_ratio import (
     bounded_ratio_optimum,
     tabular_improvement,
 )
+from steelyard.policy.conditional import (
+    AdoraWeights,
+    adora_weights,
+    canon_advantages,
+    canon_mu_schedule,
+    canon_split,
+)
 from steelyard.policy.learner import OnPolicyLearner, TrainingSettings
 from steelyard.policy.losses import (
     bpo_loss,
@@ -41,6 +48,7 @@ __all__ = [
     "BPO",
     "PPO",
     "ActorCritic",
+    "AdoraWeights",
     "AutogradUpdater",
     "BoundedRatioOptimum",
     "DenseNetwork",
@@ -58,10 +66,14 @@ __all__ = [
     "TabularImprovement",
     "TrainingSettings",
     "Updater",
+    "adora_weights",
     "bounded_ratio_optimum",
     "bpo_loss",
     "bpo_target_ratio",
     "bpo_threshold_loss",
+    "canon_advantages",
+    "canon_mu_schedule",
+    "canon_split",
     "cnn_actor_critic",
     "divergence_weights",
     "gae",

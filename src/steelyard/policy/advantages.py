@@ -28,6 +28,14 @@ from steelyard._checks import (
     check_shape,
 )
 from steelyard._reduce import accumulation_dtype, fill_masked
+from steelyard.policy._groups import (
+    group_centred,
+    group_index,
+    group_median,
+    group_quantile,
+    group_std,
+    group_sum,
+)
 
 __all__ = [
     "GBPOSignals",
@@ -183,10 +191,10 @@ def group_relative_advantages(
     _check_rewards(rewards, groups, eps)
     check_choice("scale", scale, ("group", "batch", "none"))
     work = rewards.detach().to(accumulation_dtype(rewards.dtype))
-    index, count = _group_index(groups)
-    centred = _group_centred(work, index, count)
+    index, count = group_index(groups)
+    centred = group_centred(work, index, count)
     if scale == "group":
-        centred = centred / (_group_std(centred, index, count)[index] + eps)
+        centred = centred / (group_std(centred, index, count)[index] + eps)
     elif scale == "batch":
         spread = work.std() if work.numel() > 1 else work.new_zeros(())
         centred = centred / (spread + eps)
@@ -253,20 +261,20 @@ def gbpo_signals(
     check_range("epsilon_high", epsilon_high, above=0.0)
     check_choice("ties", ties, ("half", "exact"))
     work = rewards.detach().to(accumulation_dtype(rewards.dtype))
-    index, count = _group_index(groups)
-    centred = _group_centred(work, index, count)
-    scale = _group_std(centred, index, count)[index] + eps
+    index, count = group_index(groups)
+    centred = group_centred(work, index, count)
+    scale = group_std(centred, index, count)[index] + eps
     width = epsilon_low + epsilon_high
     if ties == "half":
-        threshold = _group_median(work, index, count)[index]
+        threshold = group_median(work, index, count)[index]
     else:
-        threshold = _group_quantile(work, index, count, epsilon_high / width)[index]
+        threshold = group_quantile(work, index, count, epsilon_high / width)[index]
     distance = work - threshold
     target = 1 - epsilon_low + width * torch.sigmoid(distance / (scale * temperature))
     if ties == "exact":
         tied = distance == 0
-        rest = _group_sum(target.where(~tied, 0.0), index, count)
-        shared = (count - rest) / _group_sum(tied.to(work.dtype), index, count)
+        rest = group_sum(target.where(~tied, 0.0), index, count)
+        shared = (count - rest) / group_sum(tied.to(work.dtype), index, count)
         shared = shared.clamp(1 - epsilon_low, 1 + epsilon_high)
         target = torch.where(tied, shared[index], target)
     return GBPOSignals((centred / scale).to(rewards.dtype), target.to(rewards.dtype))
@@ -346,47 +354,3 @@ def _check_rewards(rewards: Tensor, groups: Tensor, eps: float) -> None:
     check_not_empty("rewards", rewards)
     check_groups(groups, rewards)
     check_range("eps", eps, above=0.0)
-
-
-def _group_index(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each item's group number 0..G-1 and the size of each group."""
-    _, index, count = torch.unique(groups, return_inverse=True, return_counts=True)
-    return index, count
-
-
-def _group_sum(values: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    return values.new_zeros(count.shape[0]).index_add(0, index, values)
-
-
-def _group_centred(values: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """Distance from the group mean, exactly 0 where all values of a group are equal.
-
-    The mean is taken about the median: that of equal values would be off by a rounding error,
-    which a division by the deviation, a rounding error too, blows up to 1.
-    """
-    distance = values - _group_median(values, index, count)[index]
-    return distance - (_group_sum(distance, index, count) / count)[index]
-
-
-def _group_std(centred: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """Unbiased deviation of each group, 0 for a group of one."""
-    return (_group_sum(centred.square(), index, count) / (count - 1).clamp(min=1)).sqrt()
-
-
-def _group_sorted(values: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Values sorted within groups, groups in order, and where each group starts."""
-    order = values.argsort(stable=True)
-    order = order[index[order].argsort(stable=True)]
-    return values[order], count.cumsum(0) - count
-
-
-def _group_median(values: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    ordered, start = _group_sorted(values, index, count)
-    return (ordered[start + (count - 1) // 2] + ordered[start + count // 2]) / 2
-
-
-def _group_quantile(values: Tensor, index: Tensor, count: Tensor, level: float) -> Tensor:
-    """Smallest value with at least ``level`` of its group at or below it."""
-    ordered, start = _group_sorted(values, index, count)
-    rank = torch.ceil(level * count.double() - 1e-9).long() - 1
-    return ordered[start + rank.clamp(min=0)]
