@@ -3,6 +3,24 @@
 ``D_f(p || q) = E_q[f(p/q)]``, natural logarithm, the first argument is the numerator.
 """
 
+from steelyard.divergences.cauchy_schwarz import (
+    cauchy_schwarz_divergence,
+    cauchy_schwarz_mutual_information,
+    conditional_cauchy_schwarz,
+    gaussian_cauchy_schwarz,
+    hsic,
+    median_bandwidth,
+    mmd_squared,
+)
+from steelyard.divergences.distance_covariance import (
+    IndependenceTest,
+    concatenated_distance_covariance,
+    distance_correlation,
+    distance_correlation_test,
+    distance_covariance,
+    joint_distance_covariance,
+    u_centred_distances,
+)
 from steelyard.divergences.estimators import kl_estimate, monte_carlo_divergence
 from steelyard.divergences.f_divergences import (
     JEFFREYS,
@@ -21,6 +39,7 @@ from steelyard.divergences.f_divergences import (
     skew_jensen_shannon,
 )
 from steelyard.divergences.generators import Generator
+from steelyard.divergences.sinkhorn import sinkhorn_divergence, sinkhorn_plan
 
 __all__ = [
     "JEFFREYS",
@@ -35,9 +54,25 @@ __all__ = [
     "TOTAL_VARIATION",
     "FDivergence",
     "Generator",
+    "IndependenceTest",
     "alpha_divergence",
+    "cauchy_schwarz_divergence",
+    "cauchy_schwarz_mutual_information",
+    "concatenated_distance_covariance",
+    "conditional_cauchy_schwarz",
+    "distance_correlation",
+    "distance_correlation_test",
+    "distance_covariance",
     "f_divergence",
+    "gaussian_cauchy_schwarz",
+    "hsic",
+    "joint_distance_covariance",
     "kl_estimate",
+    "median_bandwidth",
+    "mmd_squared",
     "monte_carlo_divergence",
+    "sinkhorn_divergence",
+    "sinkhorn_plan",
     "skew_jensen_shannon",
+    "u_centred_distances",
 ]
