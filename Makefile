@@ -46,6 +46,7 @@ docs: $(BIN)/.dev  ## Build the documentation site (strict)
 
 bench: $(BIN)/.dev  ## Measure speed beside the peers (about 20 minutes)
 	$(BIN)/python benchmarks/rl.py
+	$(BIN)/python benchmarks/fused.py --out benchmarks/results/fused.json
 
 results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
 	$(BIN)/steelyard run bpo --full

@@ -40,7 +40,7 @@ def test_the_catalogue_loads_nothing_heavy():
 
 
 def test_no_package_loads_an_extra():
-    packages = ["divergences", "policy", "integrations", "recipes"]
+    packages = ["divergences", "fused", "policy", "integrations", "recipes"]
     statement = "; ".join(f"import steelyard.{package}" for package in packages)
     assert not loaded_by(statement) & {*OPTIONAL}
 
