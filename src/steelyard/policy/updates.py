@@ -68,11 +68,6 @@ def make_updater(
     return kind(policy, objective, generator=generator)
 
 
-def _minibatches(count: int, size: int) -> list[slice]:
-    check_range("minibatch", size, at_least=1)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 class AutogradUpdater:
     """The reference: automatic differentiation and ``torch.optim.Adam``, for any policy."""
 
@@ -88,12 +83,13 @@ class AutogradUpdater:
 
     def epoch(self, samples: Samples, minibatch: int, learning_rate: float) -> None:
         """Take one optimiser step for each minibatch of a random order of the samples."""
+        check_range("minibatch", minibatch, at_least=1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         count = len(samples.returns)
         order = torch.randperm(count, generator=self.generator)
-        for part in _minibatches(count, minibatch):
-            batch = Samples(*(field[order[part]] for field in samples))
+        for part in torch.split(order, minibatch) if count else ():
+            batch = Samples(*(field[part] for field in samples))
             logprob, entropy, heads = self.policy.evaluate(batch.observations, batch.actions)
             loss = self.objective.loss(logprob - batch.logprobs, heads, batch)
             if self.objective.entropy_coef:
