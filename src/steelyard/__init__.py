@@ -9,7 +9,16 @@ from types import ModuleType
 
 __version__ = "0.1.0.dev0"
 
-_PACKAGES = ("divergences", "fused", "policy", "lab", "recipes", "integrations")
+_PACKAGES = (
+    "divergences",
+    "fused",
+    "policy",
+    "optim",
+    "federated",
+    "lab",
+    "recipes",
+    "integrations",
+)
 
 __all__ = ["__version__", *_PACKAGES]  # noqa: PLE0604, the names come from one list
 

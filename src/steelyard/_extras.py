@@ -23,6 +23,12 @@ EXTRAS: dict[str, Extra] = {
         ("gymnasium", "mujoco", "ale_py", "cv2", "stable_baselines3"),
         "reinforcement learning on MuJoCo and Atari, the recipe bpo, the stable-baselines3 adapter",
     ),
+    "lm": Extra(
+        ("transformers",),
+        "Hugging Face language models in token analysis and masked-diffusion sampling",
+    ),
+    "tabular": Extra(("sklearn",), "estimators in the manner of scikit-learn"),
+    "metrics": Extra(("torchmetrics",), "metrics as torchmetrics objects, for use in trainers"),
 }
 
 
