@@ -73,7 +73,7 @@ def plain(logprobs_of):
 
 def results(function, heads, divergence, **options):
     value = function(divergence=divergence, **heads, **options)
-    factors = torch.linspace(-1.0, 2.0, 7, dtype=value.dtype)
+    factors = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype)
     loss = 3 * (value * factors).sum() if value.dim() else 3 * value
     leaves = [x for x in heads.values() if x is not None and x.requires_grad]
     return (value, *torch.autograd.grad(loss, leaves))
@@ -160,6 +160,17 @@ def test_without_a_kept_row_value_and_gradients_are_zero(heads, reduction, rows)
     assert value.shape == ((rows,) if reduction == "none" else ())
     assert not value.any()
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in cut.values())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows_at_all_give_zero_and_zero_gradients(heads, reduction):
+    cut = {n: x[:0] if "hidden" in n else x for n, x in heads.items()}
+    value, *grads = results(linear_divergence, cut, JENSEN_SHANNON, reduction=reduction)
+    assert value.shape == ((0,) if reduction == "none" else ())
+    assert not value.any()
+    assert all(
+        torch.equal(g, torch.zeros_like(x)) for g, x in zip(grads, cut.values(), strict=True)
+    )
 
 
 def test_masked_rows_may_hold_anything(heads, plain):
@@ -309,6 +320,37 @@ def test_an_overflowing_derivative_falls_back_to_the_terms():
     assert slope.isfinite().all()
 
 
+def test_total_variation_is_accurate_in_float32_where_no_token_ties(tensor, plain):
+    shapes = ((64, 16), (500, 16), (64, 8), (500, 8))
+    low = [tensor(*shape, dtype=torch.float32, scale=0.7) for shape in shapes]
+    wide = [x.detach().double().requires_grad_() for x in low]
+    log_p, log_q = ((h @ w.T).log_softmax(-1) for h, w in (wide[:2], wide[2:]))
+    no_tie = ((log_p - log_q).abs() > 1e-5).all(-1)
+    assert no_tie.sum() > 32
+    grads = [
+        torch.autograd.grad(f(*x, TOTAL_VARIATION, mask=no_tie), x)
+        for f, x in ((linear_divergence, low), (plain, wide))
+    ]
+    for mine, exact in zip(*grads, strict=True):
+        assert (mine - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_a_sign_lost_to_rounding_changes_the_slope_by_the_tokens_probability_at_most():
+    # Logits that differ in the last bits: float32 cannot know which law gives a token more.
+    generator = torch.Generator().manual_seed(0)
+    z_p = 3 * torch.randn(4, 500, generator=generator)
+    z_q = z_p * (
+        1 + torch.finfo(torch.float32).eps * torch.randint(-3, 4, (4, 500), generator=generator)
+    )
+    _, slopes = _slopes.divergence_and_slopes(z_p, z_q, TOTAL_VARIATION, (True, True))
+    wide = z_p.double(), z_q.double()
+    _, exact = _slopes.divergence_and_slopes(*wide, TOTAL_VARIATION, (True, True))
+    for z, slope, truth in zip(wide, slopes, exact, strict=True):
+        error, weight = (slope - truth).abs(), z.softmax(-1)
+        assert error.max() > 1e-4  # some signs are lost
+        assert (error <= weight * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -323,6 +365,8 @@ def test_an_overflowing_derivative_falls_back_to_the_terms():
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
         ({"chunk_size": -1}, ValueError, "chunk_size must be >= 1"),
+        ({"chunk_size": 1.5}, TypeError, "chunk_size must be an integer or None, got float"),
+        ({"p_weight": torch.zeros(0, 5)}, ValueError, "p_weight must have at least one row"),
     ],
 )
 def test_errors_name_the_argument(heads, change, error, message):

@@ -100,6 +100,27 @@ def test_js_lies_between_half_the_square_of_tv_and_tv_log_2(tensor, seed):
     assert (js >= variation.square() / 2 - 1e-12).all()
 
 
+def test_non_contiguous_inputs_give_the_same(tensor):
+    heads = (tensor(7, 5), tensor(13, 5), tensor(7, 4), tensor(13, 4))
+    strided = [x.detach().T.contiguous().T for x in heads]
+    for one, other in zip(linear_token_shift(*strided), linear_token_shift(*heads), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heads_with_logits_of_1e4_give_the_limits(dtype):
+    base = torch.tensor([[1e4], [-1e4], [0.0]], dtype=dtype)
+    rl = torch.tensor([[-1e4], [-1e4], [1e4]], dtype=dtype)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], dtype=dtype)
+    shift = linear_token_shift(base, weight, rl, weight)
+    log_2 = math.log(2.0)
+    assert all(field.isfinite().all() for field in shift)
+    # Opposite certainties; the same one; the uniform law against one token.
+    assert shift.js.tolist() == pytest.approx([log_2, 0.0, log_2 / 6 + math.log(1.5) / 2], 1e-6)
+    assert shift.kl[:2].tolist() == [2e4, 0.0]
+    assert shift.rl_top1_base_rank.tolist() == [3, 1, 1]
+
+
 def test_no_rows_give_empty_fields(tensor):
     shift = linear_token_shift(tensor(0, 5), tensor(13, 5), tensor(0, 4), tensor(13, 4))
     assert shift.overlap.shape == (0, 10)
@@ -125,6 +146,8 @@ def test_half_precision_is_computed_in_float32(tensor, dtype):
         ({"rl_weight": torch.zeros(12, 5)}, ValueError, "rl_weight must have shape"),
         ({"base_weight": torch.zeros(13, 5).int()}, TypeError, "base_weight must have a floating"),
         ({"top_k": 0}, ValueError, "top_k must be >= 1"),
+        ({"top_k": 2.5}, TypeError, "top_k must be an integer, got float"),
+        ({"top_k": True}, TypeError, "top_k must be an integer, got bool"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be >= 1"),
     ],
 )

@@ -227,11 +227,15 @@ def check_head(
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Require a positive number of rows, or ``None``."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an integer or None, got {type(chunk_size).__name__}")
-    check_range("chunk_size", chunk_size, at_least=1)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size, expected="an integer or None")
+
+
+def check_count(name: str, value: int, *, expected: str = "an integer") -> None:
+    """Require an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    check_range(name, value, at_least=1)
 
 
 def _has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:

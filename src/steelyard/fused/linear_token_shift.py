@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_range, check_shape
+from steelyard._checks import check_shape
 from steelyard.fused._blocks import (
     Head,
     block_rows,
     check_chunk_size,
+    check_count,
     check_head,
     empty_rows,
     fill_rows,
@@ -53,7 +54,7 @@ def linear_token_shift(
         input dtype; half precision is computed in float32.
 
     Raises:
-        TypeError: a tensor is not floating point, ``chunk_size`` is not an integer.
+        TypeError: a tensor is not floating point, ``top_k`` or ``chunk_size`` not an integer.
         ValueError: shapes do not fit, ``top_k < 1`` or ``chunk_size < 1``.
 
     Example:
@@ -73,7 +74,7 @@ def linear_token_shift(
     check_head("rl_", rl_hidden, rl_weight, None, 1.0)
     check_shape("rl_hidden", rl_hidden, (base_hidden.shape[0], None))
     check_shape("rl_weight", rl_weight, (base_weight.shape[0], None))
-    check_range("top_k", top_k, at_least=1)
+    check_count("top_k", top_k)
     check_chunk_size(chunk_size)
     base, rl = Head(base_hidden, base_weight, None, 1.0), Head(rl_hidden, rl_weight, None, 1.0)
     shift: TokenShift = run_eagerly(_in_blocks, base, rl, top_k, chunk_size)
