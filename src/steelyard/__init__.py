@@ -15,6 +15,7 @@ _PACKAGES = (
     "policy",
     "optim",
     "federated",
+    "equilibrium",
     "lab",
     "recipes",
     "integrations",
