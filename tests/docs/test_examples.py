@@ -13,6 +13,14 @@ from steelyard.lab import judge, load_recipe
 Blocks = Callable[[str], list[tuple[str, str]]]
 
 PAGES = ("README.md", "docs/getting-started.md", "docs/systems/bpo.md")
+ROOT = Path(__file__).parents[2]
+SYSTEM_PAGES = tuple(
+    sorted(
+        str(page.relative_to(ROOT))
+        for page in (ROOT / "docs/systems").glob("*.md")
+        if page.stem not in ("index", "bpo")
+    )
+)
 HOW_TO = "docs/how-to/add-a-system.md"
 
 
@@ -20,7 +28,7 @@ def is_training(code: str) -> bool:
     return ".learn(" in code
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *SYSTEM_PAGES])
 def test_blocks_of_a_page_run(blocks: Blocks, page: str) -> None:
     ran = [code for _, code in blocks(page) if not is_training(code)]
     assert ran
