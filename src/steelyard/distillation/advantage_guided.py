@@ -141,8 +141,9 @@ def adpa_term(
     .. math:: -\operatorname{mean}_t \sum_a \pi_\theta(a | s_t)\, A(s_t, a)
 
     The sum is over all actions, so the gradient :math:`-\pi_a (A_a - \mathbb{E}_\pi A)` has no
-    noise from sampling one. Adding a number to all advantages of a state changes the loss by it and the
-    gradient not at all. There is no optimum at the teacher: alone, the term ends at a point mass.
+    noise from sampling one. Adding a number to all advantages of a state changes the loss by it and
+    the gradient not at all. There is no optimum at the teacher: alone, the term ends at a point
+    mass.
 
     Args:
         student_logits: ``[B, T, V]``, on the student's own responses.
