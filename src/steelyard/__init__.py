@@ -16,6 +16,7 @@ _PACKAGES = (
     "distillation",
     "tokens",
     "diffusion",
+    "classification",
     "optim",
     "federated",
     "equivariant",
