@@ -58,9 +58,9 @@ def expected(root: Path) -> Iterator[tuple[Path, bytes]]:
     yield from divergence_benchmark(root)
     for system in catalog.SYSTEMS:
         page = root / f"docs/systems/{system.name}.md"
-        if not page.exists():
-            continue
         results = root / "results" / system.name
+        if not page.exists() or not results.exists():
+            continue
         figures = sorted(results.glob("figures/*.svg"))
         yield _filled(page, "results", results_section(results, figures))
         for figure in figures:
