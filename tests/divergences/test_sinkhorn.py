@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 from torch.autograd import gradcheck, gradgradcheck
 
-from steelyard.divergences import _semi_dual, sinkhorn_divergence, sinkhorn_plan
+from steelyard.divergences import _scaling, _semi_dual, sinkhorn_divergence, sinkhorn_plan
 from steelyard.divergences import sinkhorn as module
 
 F64 = torch.float64
@@ -367,7 +367,7 @@ def test_second_derivatives_of_the_converged_plan():
 
 
 def test_gradient_across_absorptions_is_that_of_the_plain_loop(monkeypatch):
-    monkeypatch.setattr(module, "_absorption_interval", lambda cost: 2)
+    monkeypatch.setattr(_scaling, "absorption_interval", lambda cost: 2)
     cost = rand(5, 5).requires_grad_()
     weight = rand(5, 5, seed=1)
     plans = (
@@ -408,6 +408,92 @@ def test_unrolled_plan_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(cost), sinkhorn_plan(cost, 0.1, num_iterations=3))
 
 
+# --- potentials and warm starts ---
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1e-4])
+@pytest.mark.parametrize("count", [3, None])
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (2, 4, 4)])
+def test_plan_is_the_exponential_of_its_potentials_less_the_cost(shape, count, epsilon):
+    cost, a, b = rand(*shape), mass(shape[-2], seed=1), mass(shape[-1], seed=2)
+    how = {"a": a, "b": b, "num_iterations": count}
+    plan, f, g = module.sinkhorn_potentials(cost, epsilon, **how)
+    torch.testing.assert_close(plan, sinkhorn_plan(cost, epsilon, **how), rtol=0, atol=0)
+    implied = ((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon).exp()
+    torch.testing.assert_close(implied, plan, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1e-4])
+def test_one_iteration_from_the_solution_is_the_solution(epsilon):
+    cost, a, b = rand(6, 5), mass(6, seed=1), mass(5, seed=2)
+    how = {"a": a, "b": b}
+    plan, _, g = module.sinkhorn_potentials(cost, epsilon, tolerance=1e-14, **how)
+    warm = sinkhorn_plan(cost, epsilon, num_iterations=1, start=g, **how)
+    torch.testing.assert_close(warm, plan, rtol=0, atol=1e-10)
+    cold = sinkhorn_plan(cost, epsilon, num_iterations=1, **how)
+    assert (cold - plan).abs().max() > 1e-3
+
+
+def test_potentials_of_a_former_problem_save_iterations():
+    cost = torch.cdist(rand(40, 2), rand(40, 2, seed=1))
+    moved = cost + 1e-4 * rand(40, 40, seed=2)
+    _, _, g = module.sinkhorn_potentials(cost, 0.05)
+    exact = sinkhorn_plan(moved, 0.05, tolerance=1e-14)
+    warm, cold = (
+        (sinkhorn_plan(moved, 0.05, num_iterations=10, start=s) - exact).abs().max()
+        for s in (g, None)
+    )
+    assert warm < 0.01 * cold
+
+
+@QUICK
+@given(seeds, epsilons, st.floats(0, 1e3))
+def test_start_does_not_change_the_converged_plan(seed, epsilon, size):
+    cost, start = rand(5, 6, seed=seed), size * rand(6, seed=seed + 1)
+    plan = sinkhorn_plan(cost, epsilon, tolerance=1e-13)
+    other = sinkhorn_plan(cost, epsilon, tolerance=1e-13, start=start)
+    torch.testing.assert_close(other, plan, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [4, None])
+def test_potentials_and_start_are_constants_and_the_gradient_in_the_cost_remains(count):
+    cost, start = rand(4, 3).requires_grad_(), rand(3, seed=1).requires_grad_()
+    plan, f, g = module.sinkhorn_potentials(cost, 0.2, num_iterations=count, start=start)
+    assert plan.requires_grad
+    assert not f.requires_grad
+    assert not g.requires_grad
+    assert torch.autograd.grad(plan[0, 0], start, retain_graph=True, allow_unused=True) == (None,)
+    how = {"num_iterations": count, "start": start.detach(), "tolerance": 1e-15}
+    assert gradcheck(lambda c: sinkhorn_plan(c, 0.2, **how), cost, atol=1e-6)
+
+
+def test_items_of_zero_mass_have_potential_minus_infinity_and_may_start():
+    cost, b = rand(4, 3), torch.tensor([0.5, 0.0, 0.5], dtype=F64)
+    for count in (5, None):
+        plan, f, g = module.sinkhorn_potentials(cost, 0.1, b=b, num_iterations=count)
+        assert f.isfinite().all()
+        assert g.isfinite().tolist() == [True, False, True]
+        again = sinkhorn_plan(cost, 0.1, b=b, num_iterations=count, start=g)
+        assert (again[:, 1] == 0).all()
+        grown = sinkhorn_plan(cost, 0.1, start=g)
+        assert marginal_error(grown, uniform(4), uniform(3)) <= 1e-9
+        assert plan.sum().item() == pytest.approx(1.0)
+
+
+def test_potentials_agree_with_the_entropic_values_of_geomloss():
+    # its divergence is the debiased *entropic* value, ours the sharp one: they are different
+    # numbers. The dual value shows the same optimum; geomloss stops annealing about 1e-4 early.
+    geomloss = pytest.importorskip("geomloss")
+    x, y, epsilon = rand(12, 2), rand(9, 2, seed=1), 0.05
+    cost = torch.cdist(x, y) ** 2 / 2
+    plan, f, g = module.sinkhorn_potentials(cost, epsilon)
+    value = (f - epsilon * math.log(1 / 12)).mean() + (g - epsilon * math.log(1 / 9)).mean()
+    how = {"p": 2, "blur": epsilon**0.5, "scaling": 0.99, "backend": "tensorized"}
+    other = geomloss.SamplesLoss("sinkhorn", debias=False, **how)(x, y)
+    assert value.item() == pytest.approx(other.item(), rel=2e-3)
+    assert abs((plan * cost).sum() - other) > 0.1 * other
+
+
 # --- the divergence ---
 
 
@@ -435,6 +521,33 @@ def test_divergence_of_identical_clouds_is_zero_where_the_transport_cost_is_not(
     assert (sinkhorn_plan(cost, 0.1) * cost).sum().item() > 0.01
     same = torch.zeros(4, 4, dtype=F64)
     assert sinkhorn_divergence(same, same, same, 0.1).item() == 0.0
+
+
+def test_detached_plans_give_the_plan_as_gradient_of_the_transport_cost():
+    problem = [c.requires_grad_() for c in clouds()]
+    a = mass(6, seed=3).requires_grad_()
+    for count in (20, None):
+        how = {"a": a, "num_iterations": count}
+        detached = sinkhorn_divergence(*problem, 0.1, gradient="detach", **how)
+        torch.testing.assert_close(detached, sinkhorn_divergence(*problem, 0.1, **how))
+        grads = torch.autograd.grad(detached, [*problem, a], allow_unused=True)
+        xy, xx, yy = problem
+        plans = (
+            sinkhorn_plan(xy, 0.1, **how),
+            sinkhorn_plan(xx, 0.1, b=a, **how) / -2,
+            sinkhorn_plan(yy, 0.1, num_iterations=count) / -2,
+        )
+        for grad, plan in zip(grads, plans, strict=False):
+            torch.testing.assert_close(grad, plan.detach())
+        assert grads[3] is None
+
+
+def test_divergence_from_the_potentials_of_its_three_plans_is_the_converged_one():
+    problem = clouds()
+    start = [module.sinkhorn_potentials(c, 0.1, tolerance=1e-14).columns for c in problem]
+    warm = sinkhorn_divergence(*problem, 0.1, num_iterations=1, start=start)
+    exact = sinkhorn_divergence(*problem, 0.1, tolerance=1e-14)
+    torch.testing.assert_close(warm, exact, rtol=0, atol=1e-9)
 
 
 def test_divergence_is_symmetric():
@@ -472,6 +585,8 @@ def test_divergence_takes_batches_and_has_a_gradient():
         ({"num_iterations": 0}, ValueError, "num_iterations must be >= 1"),
         ({"num_iterations": 2.0}, TypeError, "num_iterations must be an int"),
         ({"a": torch.ones(3)}, ValueError, r"a must have shape \[4\]"),
+        ({"start": torch.ones(4)}, ValueError, r"start must have shape \[3\]"),
+        ({"start": torch.ones(3, dtype=torch.long)}, TypeError, "start must have a floating"),
         ({"b": torch.ones(2, 3)}, ValueError, r"b must have shape \[3\]"),
         ({"a": torch.ones(4, dtype=torch.long)}, TypeError, "a must have a floating"),
         ({"a": torch.tensor([-1.0, 1, 1, 1])}, ValueError, "a must be finite and non-negative"),
@@ -492,6 +607,10 @@ def test_wrong_self_costs_are_named():
         sinkhorn_divergence(xy, yy, yy, 0.1)
     with pytest.raises(ValueError, match="cost_yy must have shape"):
         sinkhorn_divergence(xy, xx, xx, 0.1)
+    with pytest.raises(ValueError, match="gradient must be one of 'exact', 'detach', got 'none'"):
+        sinkhorn_divergence(xy, xx, yy, 0.1, gradient="none")
+    with pytest.raises(ValueError, match="start must hold three potentials or None, got 1"):
+        sinkhorn_divergence(xy, xx, yy, 0.1, start=[None])
 
 
 def test_nan_propagates_through_a_fixed_number_of_iterations():

@@ -6,6 +6,25 @@ from steelyard._checks import check_range
 
 # Entries of one block of pairs. At 4 MB in float64 it stays in cache, which is also fastest.
 _BLOCK_ENTRIES = 2**19
+# A block has at least so many rows: fewer would read all columns for too little work.
+_LEAST_ROWS = 16
+
+
+def block_rows(columns: int, block_size: int | None = None) -> int:
+    """Return how many rows of pairs to hold at once.
+
+    Args:
+        columns: number of columns each row is paired with.
+        block_size: rows a block, >= 1; ``None`` = as many as make about half a million entries,
+            at least 16.
+
+    Raises:
+        ValueError: ``block_size`` is less than 1.
+    """
+    if block_size is None:
+        return max(_LEAST_ROWS, _BLOCK_ENTRIES // max(columns, 1))
+    check_range("block_size", block_size, at_least=1)
+    return block_size
 
 
 def row_blocks(rows: int, columns: int, block_size: int | None = None) -> Iterator[slice]:
@@ -14,7 +33,7 @@ def row_blocks(rows: int, columns: int, block_size: int | None = None) -> Iterat
     Args:
         rows: number of rows to cover.
         columns: number of columns each row is paired with.
-        block_size: rows a block, >= 1; ``None`` = as many as make about half a million entries.
+        block_size: as in :func:`block_rows`.
 
     Returns:
         Consecutive slices that cover ``range(rows)`` once; the last may be shorter.
@@ -22,6 +41,5 @@ def row_blocks(rows: int, columns: int, block_size: int | None = None) -> Iterat
     Raises:
         ValueError: ``block_size`` is less than 1.
     """
-    size = max(1, _BLOCK_ENTRIES // max(columns, 1)) if block_size is None else block_size
-    check_range("block_size", size, at_least=1)
+    size = block_rows(columns, block_size)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

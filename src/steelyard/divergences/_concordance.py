@@ -208,6 +208,7 @@ def _split(rank: Tensor, v: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tens
 def _finish_rows(rank: Tensor, v: Tensor, total: Tensor) -> Tensor:
     place = torch.arange(rank.shape[1], device=rank.device, dtype=rank.dtype)
     inverted = (rank[:, :, None] > rank[:, None, :]) ^ (place[:, None] > place)
-    sides = torch.stack([torch.ones_like(v), v], -1)
-    count, other = (inverted.to(v.dtype) @ sides).unbind(-1)
+    # the matrix is symmetric, and batched products are faster with the few rows at the left
+    sides = torch.stack([torch.ones_like(v), v], 1)
+    count, other = (sides @ inverted.to(v.dtype)).unbind(1)
     return total.scatter(1, rank.long(), total + count * v - other)

@@ -24,8 +24,12 @@ _ANNEALING, _FIRST_SHARE, _STAGE_ERROR = 4.0, 0.05, 1e-2
 
 def newton_plan(
     cost: Tensor, a: Tensor, b: Tensor, epsilon: float, goal: float, g: Tensor
-) -> Tensor:
-    """Maximise the semi-dual by damped Newton steps, ``epsilon`` coming down in stages."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximise the semi-dual by damped Newton steps, ``epsilon`` coming down in stages.
+
+    Returns:
+        The plan ``exp(x_i + y_j - C_ij / epsilon)`` and its log-scalings ``x`` and ``y``.
+    """
     stages = [epsilon]
     spread = (cost.amax() - cost.amin()).item()
     while stages[-1] < _FIRST_SHARE * spread:
@@ -47,9 +51,10 @@ def newton_plan(
             f"sinkhorn_plan stopped at a marginal error of {error:.1e}, above {goal:.1e}: "
             f"epsilon={epsilon} is small for costs with a range of {spread:.3g}",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=5,
         )
-    return state.conditional * a.unsqueeze(-1)
+    x, y = a.log() - state.normalizer, b.log() + g / epsilon
+    return state.conditional * a.unsqueeze(-1), x, y
 
 
 def weighted_rows(weights: Tensor, matrix: Tensor) -> Tensor:
@@ -77,6 +82,7 @@ class _SemiDual(NamedTuple):
     value: Tensor
     residual: Tensor
     conditional: Tensor
+    normalizer: Tensor
 
 
 def _semi_dual(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, g: Tensor) -> _SemiDual:
@@ -85,7 +91,8 @@ def _semi_dual(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, g: Tensor) ->
     normalizer = scores.logsumexp(-1)
     conditional = scores.sub_(normalizer.unsqueeze(-1)).exp_()
     value = (g * b).sum(-1) - epsilon * (a * normalizer).sum(-1)
-    return _SemiDual(value, b - weighted_rows(a, conditional), conditional)
+    residual = b - weighted_rows(a, conditional)
+    return _SemiDual(value, residual, conditional, normalizer)
 
 
 def _reached(residual: Tensor, goal: float, *, final: bool) -> bool:
@@ -117,6 +124,7 @@ def _newton_step(
         torch.where(better, trial.value, state.value),
         torch.where(kept, trial.residual, state.residual),
         torch.where(kept.unsqueeze(-1), trial.conditional, state.conditional),
+        torch.where(kept, trial.normalizer, state.normalizer),
     )
     damping = torch.where(kept, damping / 4, damping * 8).clamp(1e-10, 1e3)
     return torch.where(kept, g + step, g), damping, state

@@ -23,6 +23,7 @@ from torch import Tensor
 from steelyard._checks import check_floating, check_range
 from steelyard._reduce import accumulation_dtype
 from steelyard.divergences import _concordance
+from steelyard.divergences._blocks import block_rows
 from steelyard.divergences._pair_blocks import distances, joint_sum, pair_sums, row_sums
 
 __all__ = [
@@ -71,7 +72,7 @@ def distance_covariance(
         y: shape ``[N]`` or ``[N, K]``; one-hot rows for a category.
         unbiased: the unbiased form (default) or the plug-in form.
         block_size: rows of distances held at once, where the cost is quadratic; ``None`` picks
-            about a million distances.
+            about half a million distances, at least 16 rows.
 
     Returns:
         0-d tensor in the wider of the two dtypes, in units of x times units of y.
@@ -250,7 +251,7 @@ def joint_distance_covariance(
         return distance_covariance(*variables, unbiased=unbiased, block_size=block_size)
     columns = _columns(**{f"variables[{k}]": v for k, v in enumerate(variables)})
     n = _count(columns[0], unbiased)
-    block = _block(n, block_size)
+    block = block_rows(n, block_size)
     dtype = columns[0].dtype
     for column in columns:
         dtype = torch.promote_types(dtype, column.dtype)
@@ -299,13 +300,13 @@ def u_centred_distances(x: Tensor) -> Tensor:
 def _estimate(x: Tensor, y: Tensor, unbiased: bool, block_size: int | None) -> Tensor:
     x_column, y_column = _columns(x=x, y=y)
     n = _count(x_column, unbiased)
-    return _covariance(_sums(x_column, y_column, _block(n, block_size)), n, unbiased)
+    return _covariance(_sums(x_column, y_column, block_rows(n, block_size)), n, unbiased)
 
 
 def _correlation(x: Tensor, y: Tensor, block_size: int | None) -> Tensor:
     x_column, y_column = _columns(x=x, y=y)
     n = _count(x_column, unbiased=True)
-    sums = _sums(x_column, y_column, _block(n, block_size))
+    sums = _sums(x_column, y_column, block_rows(n, block_size))
     covariance = _covariance(sums, n, unbiased=True)
     variance = _variance(x_column, sums.x_rows) * _variance(y_column, sums.y_rows)
     constant = variance <= 0
@@ -411,10 +412,3 @@ def _count(column: Tensor, unbiased: bool) -> int:
         form = "unbiased" if unbiased else "plug-in"
         raise ValueError(f"the {form} form needs N >= {least} items, got N = {n}")
     return n
-
-
-def _block(n: int, block_size: int | None) -> int:
-    if block_size is None:
-        return max(16, 2**20 // n)
-    check_range("block_size", block_size, at_least=1)
-    return block_size

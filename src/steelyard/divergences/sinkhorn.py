@@ -5,32 +5,48 @@ r"""Entropic optimal transport: Sinkhorn plans and the debiased transport cost.
     \qquad P 1 = a, \quad P^T 1 = b.
 
 The minimiser is ``P = diag(u) exp(-C/epsilon) diag(v)``; an iteration scales the rows to ``a``,
-then the columns to ``b``. The products run on a kernel into which the scalings are absorbed before
-they could overflow, so that no ``epsilon`` underflows. Where scaling is slow, it is over-relaxed;
-where that is slow too, damped Newton steps on the dual finish, ``epsilon`` coming down from the
-range of the costs.
+then the columns to ``b``, on a kernel that no ``epsilon`` makes underflow. Where scaling is slow,
+damped Newton steps on the dual finish, ``epsilon`` coming down from the range of the costs.
 
-Sources: Cuturi (2013), arXiv:1306.0895; Schmitzer (2019), arXiv:1610.06519 (absorption, scaling of
-epsilon); Brauer et al. (2017), arXiv:1710.06635 (Newton); Cui et al. (2024), arXiv:2402.17110.
+Sources: Cuturi (2013), arXiv:1306.0895; Schmitzer (2019), arXiv:1610.06519 (scaling of epsilon);
+Brauer et al. (2017), arXiv:1710.06635 (Newton); Cui et al. (2024), arXiv:2402.17110.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import (
+    check_choice,
+    check_floating,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
 from steelyard._reduce import accumulation_dtype
+from steelyard.divergences._scaling import (
+    absorbed_kernel,
+    absorption_interval,
+    first_scalings,
+    plain_kernel,
+    positive,
+    scaled_plan,
+    unrolled_plan,
+)
 from steelyard.divergences._semi_dual import newton_plan, solve_schur, weighted_rows
 
-__all__ = ["sinkhorn_divergence", "sinkhorn_plan"]
+__all__ = ["SinkhornPotentials", "sinkhorn_divergence", "sinkhorn_plan", "sinkhorn_potentials"]
 
-# Scalings before Newton takes over: about the price of a Newton solve, so that the wrong choice
-# costs at most twice the right one.
-_PATIENCE = 200
-# Iterations over which the rate of convergence is measured.
-_WINDOW = 6
+
+class SinkhornPotentials(NamedTuple):
+    """Result of :func:`sinkhorn_potentials`."""
+
+    plan: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 def sinkhorn_plan(
@@ -41,6 +57,7 @@ def sinkhorn_plan(
     b: Tensor | None = None,
     num_iterations: int | None = None,
     tolerance: float = 1e-9,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""The cheapest plan that moves ``a`` onto ``b``, made smooth by entropy.
 
@@ -68,6 +85,10 @@ def sinkhorn_plan(
         tolerance: largest absolute error of a row or column sum when ``num_iterations`` is
             ``None``, >= 0; never below the rounding of the dtype, which grows as
             ``max|C| / epsilon``.
+        start: column potential to begin from, shape ``[B']`` or ``[.., B']``, in the units of the
+            cost: ``columns`` of :func:`sinkhorn_potentials` for a similar problem. It changes how
+            many iterations are needed, not the converged plan; detached; entries that are not
+            finite begin at 0. Default ``None``: all begin at 0.
 
     Returns:
         Non-negative plan of total mass 1, shape and dtype of ``cost`` (promoted with ``a`` and
@@ -92,23 +113,55 @@ def sinkhorn_plan(
 
     Source: Cuturi (2013), arXiv:1306.0895, Algorithm 1; Cui et al. (2024), arXiv:2402.17110.
     """
-    _check_problem("cost", cost, epsilon, num_iterations, tolerance)
-    check_floating(a=a, b=b)
-    dtype = cost.dtype
-    for mass in (a, b):
-        dtype = dtype if mass is None else torch.promote_types(dtype, mass.dtype)
-    work = cost.to(accumulation_dtype(dtype))
-    if num_iterations is None:
-        _check_mass(a=a, b=b)
-    row_mass = _marginal("a", a, work[..., 0])
-    column_mass = _marginal("b", b, work[..., 0, :])
-    if num_iterations is None:
-        plan: Tensor = _ConvergedPlan.apply(  # type: ignore[no-untyped-call]
-            work, row_mass, column_mass, epsilon, tolerance
-        )
-    else:
-        plan = _unrolled_plan(work, row_mass, column_mass, epsilon, num_iterations)
-    return plan.to(dtype)
+    return _solve(cost, epsilon, a, b, num_iterations, tolerance, start, potentials=False).plan
+
+
+def sinkhorn_potentials(
+    cost: Tensor,
+    epsilon: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    num_iterations: int | None = None,
+    tolerance: float = 1e-9,
+    start: Tensor | None = None,
+) -> SinkhornPotentials:
+    r"""The plan of :func:`sinkhorn_plan` with its dual potentials, for the next warm start.
+
+    .. math:: P_{ij} = \exp\big((f_i + g_j - C_{ij}) / \epsilon\big)
+
+    ``f`` and ``g`` are unique up to a constant that moves from one to the other. They are
+    constants: only the plan has a gradient.
+
+    Args:
+        cost: as in :func:`sinkhorn_plan`.
+        epsilon: as in :func:`sinkhorn_plan`.
+        a: as in :func:`sinkhorn_plan`.
+        b: as in :func:`sinkhorn_plan`.
+        num_iterations: as in :func:`sinkhorn_plan`.
+        tolerance: as in :func:`sinkhorn_plan`.
+        start: as in :func:`sinkhorn_plan`.
+
+    Returns:
+        ``(plan, rows, columns)``: the plan ``[.., B, B']``, ``f`` ``[.., B]`` and ``g``
+        ``[.., B']`` in the units of the cost, ``-inf`` at items of zero mass.
+
+    Raises:
+        TypeError: a tensor is not floating point or a setting not a number.
+        ValueError: a shape or a setting does not fit; see :func:`sinkhorn_plan`.
+
+    Example:
+        One iteration from the potentials of a solution gives the solution:
+
+        >>> cost = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0], [3.0, 1.0, 0.5]])
+        >>> plan, f, g = sinkhorn_potentials(cost, 0.3)
+        >>> cold, warm = (sinkhorn_plan(cost, 0.3, num_iterations=1, start=s) for s in (None, g))
+        >>> torch.allclose(cold, plan, atol=1e-6), torch.allclose(warm, plan, atol=1e-6)
+        (False, True)
+
+    Source: Cuturi (2013), arXiv:1306.0895.
+    """
+    return _solve(cost, epsilon, a, b, num_iterations, tolerance, start, potentials=True)
 
 
 def sinkhorn_divergence(
@@ -121,6 +174,8 @@ def sinkhorn_divergence(
     b: Tensor | None = None,
     num_iterations: int | None = None,
     tolerance: float = 1e-9,
+    start: Sequence[Tensor | None] = (None, None, None),
+    gradient: Literal["exact", "detach"] = "exact",
 ) -> Tensor:
     r"""Transport cost between two clouds without the bias of the entropy.
 
@@ -131,7 +186,7 @@ def sinkhorn_divergence(
     is not, so that its minimum does not shrink a cloud towards its centre. The sharp form can be
     slightly negative.
 
-    Nothing is detached; see :func:`sinkhorn_plan` for the gradient through the plans.
+    By default nothing is detached; see :func:`sinkhorn_plan` for the gradient through the plans.
 
     Args:
         cost_xy: shape ``[.., B, B']``.
@@ -142,6 +197,12 @@ def sinkhorn_divergence(
         b: mass of ``y``, shape ``[B']`` or ``[.., B']``; default uniform.
         num_iterations: as in :func:`sinkhorn_plan`; default ``None``, until converged.
         tolerance: as in :func:`sinkhorn_plan`.
+        start: column potentials of the three plans (xy, xx, yy), each as in
+            :func:`sinkhorn_plan`; detached. Default: none.
+        gradient: ``"exact"`` (default), through the iterations or implicit, as
+            :func:`sinkhorn_plan` has it; ``"detach"`` holds the plans constant, so that ``dW/dC``
+            is ``P``: cheaper, but the gradient of the *entropic* cost, not of ``W``. Masses then
+            have no gradient.
 
     Returns:
         Shape ``[..]`` in the units of the cost, dtype of the costs.
@@ -169,15 +230,70 @@ def sinkhorn_divergence(
     check_shape("cost_xx", cost_xx, (*batch, rows, rows))
     check_shape("cost_yy", cost_yy, (*batch, columns, columns))
 
-    def transport(cost: Tensor, source: Tensor | None, target: Tensor | None) -> Tensor:
+    check_choice("gradient", gradient, ("exact", "detach"))
+    if len(start) != 3:
+        raise ValueError(f"start must hold three potentials or None, got {len(start)}")
+
+    def transport(
+        cost: Tensor, source: Tensor | None, target: Tensor | None, start: Tensor | None
+    ) -> Tensor:
         plan = sinkhorn_plan(
-            cost, epsilon, a=source, b=target, num_iterations=num_iterations, tolerance=tolerance
+            cost.detach() if gradient == "detach" else cost,
+            epsilon,
+            a=source,
+            b=target,
+            num_iterations=num_iterations,
+            tolerance=tolerance,
+            start=start,
         )
+        plan = plan.detach() if gradient == "detach" else plan
         work = accumulation_dtype(plan.dtype)
         return (plan.to(work) * cost.to(work)).sum((-2, -1))
 
-    value = transport(cost_xy, a, b) - (transport(cost_xx, a, a) + transport(cost_yy, b, b)) / 2
-    return value.to(cost_xy.dtype)
+    own = transport(cost_xx, a, a, start[1]) + transport(cost_yy, b, b, start[2])
+    return (transport(cost_xy, a, b, start[0]) - own / 2).to(cost_xy.dtype)
+
+
+def _solve(
+    cost: Tensor,
+    epsilon: float,
+    a: Tensor | None,
+    b: Tensor | None,
+    num_iterations: int | None,
+    tolerance: float,
+    start: Tensor | None,
+    *,
+    potentials: bool,
+) -> SinkhornPotentials:
+    """Check, compute in the accumulation dtype, return in the dtype of the inputs."""
+    _check_problem("cost", cost, epsilon, num_iterations, tolerance)
+    check_floating(a=a, b=b, start=start)
+    dtype = cost.dtype
+    for mass in (a, b):
+        dtype = dtype if mass is None else torch.promote_types(dtype, mass.dtype)
+    work = cost.to(accumulation_dtype(dtype))
+    if num_iterations is None:
+        _check_mass(a=a, b=b)
+    *batch, rows, columns = work.shape
+    row_mass = _marginal("a", a, (*batch, rows), work)
+    column_mass = _marginal("b", b, (*batch, columns), work)
+    begin: Tensor | float = 0.0
+    if start is not None:  # a cost less its column potential has the same plan, from 0
+        begin = _fit("start", start.detach(), (*batch, columns), work)
+        begin = torch.where(begin.isfinite(), begin, 0.0)
+        work = work - begin.unsqueeze(-2)
+    if num_iterations is None:
+        problem = (work, row_mass, column_mass, epsilon, tolerance, potentials)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in problem[:3]):
+            plan, x, y = _ConvergedPlan.apply(*problem)  # type: ignore[no-untyped-call]
+        else:  # a tenth quicker where the plan is small
+            plan, x, y = _converged_plan(*problem)
+    else:
+        scaled = unrolled_plan(work, row_mass, column_mass, epsilon, num_iterations)
+        plan, x, y = scaled.plan, scaled.log_rows().detach(), scaled.log_columns().detach()
+    if potentials:
+        x, y = (epsilon * x).to(dtype), (epsilon * y + begin).to(dtype)
+    return SinkhornPotentials(plan.to(dtype), x, y)
 
 
 def _check_problem(
@@ -197,16 +313,19 @@ def _check_problem(
     check_range("num_iterations", num_iterations, at_least=1)
 
 
-def _marginal(name: str, mass: Tensor | None, like: Tensor) -> Tensor:
+def _marginal(name: str, mass: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if mass is None:
-        return torch.full_like(like, 1.0 / like.shape[-1])
-    if mass.shape not in (like.shape, like.shape[-1:]):
+        return torch.full(shape, 1.0 / shape[-1], dtype=like.dtype, device=like.device)
+    mass = _fit(name, mass, shape, like)
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def _fit(name: str, vector: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if vector.shape not in (shape, shape[-1:]):
         raise ValueError(
-            f"{name} must have shape {list(like.shape[-1:])} or {list(like.shape)}, "
-            f"got {list(mass.shape)}"
+            f"{name} must have shape {list(shape[-1:])} or {list(shape)}, got {list(vector.shape)}"
         )
-    mass = mass.to(like.dtype)
-    return (mass / mass.sum(-1, keepdim=True)).expand_as(like)
+    return vector.to(like.dtype).expand(shape)
 
 
 def _check_mass(**masses: Tensor | None) -> None:
@@ -221,97 +340,25 @@ def _check_mass(**masses: Tensor | None) -> None:
             )
 
 
-class _Kernel:
-    """``K = exp(x_i + y_j - C_ij / epsilon)``; the plan is ``u_i K_ij v_j``.
-
-    ``x`` and ``y`` are the log-scalings absorbed so far, ``u`` and ``v`` the scalings since. Rows
-    and columns of zero mass are empty; with ``guard`` their products are tiny instead of 0.
-    """
-
-    def __init__(self, cost: Tensor, epsilon: float, x: Tensor, y: Tensor, *, guard: bool) -> None:
-        self.x, self.y = x, y
-        self.matrix = cost.div(-epsilon).add_(x.unsqueeze(-1)).add_(y.unsqueeze(-2)).exp_()
-        # Batched products are 5 times faster with the vector at the left.
-        self.batched = cost.dim() > 2
-        self.transposed = self.matrix.mT.contiguous() if self.batched else self.matrix.mT
-        self.guard = torch.finfo(cost.dtype).tiny if guard else None
-
-    def rows(self, v: Tensor) -> Tensor:
-        """Return ``K v``."""
-        return self.guarded(
-            weighted_rows(v, self.transposed) if self.batched else self.matrix.mv(v)
-        )
-
-    def columns(self, u: Tensor) -> Tensor:
-        """Return ``K^T u``."""
-        return self.guarded(
-            weighted_rows(u, self.matrix) if self.batched else self.transposed.mv(u)
-        )
-
-    def guarded(self, total: Tensor) -> Tensor:
-        """Return ``total`` fit to be divided by: 0 / tiny at items of zero mass."""
-        return total if self.guard is None else total.clamp(min=self.guard)
-
-    def absorb(
-        self, cost: Tensor, epsilon: float, u: Tensor, v: Tensor
-    ) -> tuple["_Kernel", Tensor, Tensor]:
-        """Move the values of ``u`` and ``v`` into the kernel; ``u / u`` keeps the gradient."""
-        flat_u, flat_v = u.detach(), v.detach()
-        x, y = self.x + flat_u.log(), self.y + flat_v.log()
-        kernel = _Kernel(cost, epsilon, x, y, guard=self.guard is not None)
-        return kernel, u / _positive(flat_u), v / _positive(flat_v)
-
-
-def _positive(mass: Tensor) -> Tensor:
-    return torch.where(mass > 0, mass, 1.0)
-
-
-def _start(cost: Tensor, a: Tensor, b: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``x, y, v`` such that no entry exceeds 1 and each row and column has a 1 in it.
-
-    Then ``v = exp(-y)`` stands for the unscaled columns; entries that underflow are negligible.
-    """
-    free_rows, free_columns = (torch.where(mass > 0, 0.0, math.inf) for mass in (a, b))
-    scaled = cost / epsilon
-    x = scaled.add(free_columns.unsqueeze(-2)).amin(-1)
-    y = scaled.sub_((x - free_rows).unsqueeze(-1)).amin(-2)
-    return x - free_rows, y - free_columns, torch.where(b > 0, torch.exp(-y), 0.0)
-
-
-def _absorption_interval(cost: Tensor) -> int:
-    """Iterations after which scalings are still below a third of the dtype's exponent range.
-
-    An iteration changes a scaling by at most ``B B'`` (times how far masses are from uniform, for
-    which the other two thirds leave room).
-    """
-    bound = math.log(cost.shape[-1] * cost.shape[-2] + 1)
-    return max(1, int(-math.log(torch.finfo(cost.dtype).tiny) / 3 / bound))
-
-
-def _unrolled_plan(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, count: int) -> Tensor:
-    x, y, v = _start(cost.detach(), a.detach(), b.detach(), epsilon)
-    kernel = _Kernel(cost, epsilon, x, y, guard=True)
-    interval = _absorption_interval(cost)
-    u = a
-    for step in range(count):
-        if step > 0 and step % interval == 0:
-            kernel, u, v = kernel.absorb(cost, epsilon, u, v)
-        u = a / kernel.rows(v)
-        v = b / kernel.columns(u)
-    return u.unsqueeze(-1) * kernel.matrix * v.unsqueeze(-2)
-
-
 class _ConvergedPlan(torch.autograd.Function):
-    """The converged plan with its implicit gradient."""
+    """The converged plan with its implicit gradient, and constant log-scalings if asked for."""
 
     @staticmethod
     def forward(
-        ctx: Any, cost: Tensor, a: Tensor, b: Tensor, epsilon: float, tolerance: float
-    ) -> Tensor:
-        plan = _converged_plan(cost, a, b, epsilon, tolerance)
+        ctx: Any,
+        cost: Tensor,
+        a: Tensor,
+        b: Tensor,
+        epsilon: float,
+        tolerance: float,
+        potentials: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        plan, x, y = _converged_plan(cost, a, b, epsilon, tolerance, potentials)
         ctx.save_for_backward(plan, a, b)
         ctx.epsilon = epsilon
-        return plan
+        if x is not None and y is not None:
+            ctx.mark_non_differentiable(x, y)
+        return plan, x, y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,7 +369,7 @@ class _ConvergedPlan(torch.autograd.Function):
         else:
             beta, alpha = _adjoint(plan.mT, b, a, grad.mT)
         free = grad - alpha.unsqueeze(-1) - beta.unsqueeze(-2)
-        return -plan * free / ctx.epsilon, alpha, beta, None, None
+        return -plan * free / ctx.epsilon, alpha, beta, None, None, None
 
 
 def _adjoint(plan: Tensor, a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,7 +377,7 @@ def _adjoint(plan: Tensor, a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, 
 
     ``[[diag a, P], [P^T, diag b]] [alpha; beta] = [(G P) 1; (G P)^T 1]``, ``alpha`` eliminated.
     """
-    conditional = plan / _positive(a).unsqueeze(-1)
+    conditional = plan / positive(a).unsqueeze(-1)
     weighted = grad * conditional
     rows = weighted.sum(-1)
     columns = weighted_rows(a, weighted) - weighted_rows(a * rows, conditional)
@@ -340,99 +387,35 @@ def _adjoint(plan: Tensor, a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, 
     return rows - weighted_rows(beta, conditional.mT), beta
 
 
-def _converged_plan(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, tolerance: float) -> Tensor:
+def _converged_plan(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, tolerance: float, potentials: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     low, high = (value.item() for value in cost.aminmax())
     if not math.isfinite(high - low):
         raise ValueError("cost must be finite, got NaN or infinite entries")
-    (least_a, most_a), (least_b, most_b) = (
-        (value.item() for value in mass.aminmax()) for mass in (a, b)
-    )
+    least, most = (value.item() for value in torch.cat([a.flatten(), b.flatten()]).aminmax())
     info = torch.finfo(cost.dtype)
-    rounding = info.eps * max(most_a, most_b) * (16 + max(-low, high) / epsilon)
-    goal = max(tolerance, rounding)
-    guard = min(least_a, least_b) == 0
+    rounding = info.eps * most * (16 + max(-low, high) / epsilon)
+    goal, guard = max(tolerance, rounding), least == 0
     if (high - low) / epsilon < -math.log(info.tiny) / 3:  # no scaling can overflow
-        v = torch.ones_like(b)
-        kernel = _Kernel(
-            cost, epsilon, _log_blank(a, guard) + low / epsilon, _log_blank(b, guard), guard=guard
-        )
-        interval = None
+        kernel = plain_kernel(cost, epsilon, low, a, b, guard=guard)
+        v, interval = torch.ones_like(b), None
     else:
-        x, y, v = _start(cost, a, b, epsilon)
-        kernel, interval = _Kernel(cost, epsilon, x, y, guard=guard), _absorption_interval(cost)
-    scaled = _scaled_plan(cost, a, b, epsilon, goal, kernel, v, interval)
+        x, y, v = first_scalings(cost, a, b, epsilon)
+        kernel = absorbed_kernel(cost, epsilon, x, y, guard=guard)
+        interval = absorption_interval(cost)
+    scaled = scaled_plan(cost, a, b, epsilon, goal, kernel, v, interval)
     if scaled.plan is not None:
-        return scaled.plan
+        scalings = (scaled.log_rows(), scaled.log_columns()) if potentials else (None, None)
+        return scaled.plan, *scalings
     if cost.shape[-1] <= cost.shape[-2]:
-        return newton_plan(cost, a, b, epsilon, goal, _potential(scaled.y, b, epsilon))
-    return newton_plan(cost.mT, b, a, epsilon, goal, _potential(scaled.x, a, epsilon)).mT
-
-
-class _Scaled(NamedTuple):
-    plan: Tensor | None
-    x: Tensor
-    y: Tensor
-
-
-def _log_blank(mass: Tensor, guard: bool) -> Tensor:
-    """Return the log-scalings of an unscaled kernel: 0, or ``-inf`` at items of zero mass."""
-    zeros = torch.zeros_like(mass)
-    return zeros.masked_fill_(mass == 0, -math.inf) if guard else zeros
+        g = _potential(scaled.log_columns(), b, epsilon)
+        return newton_plan(cost, a, b, epsilon, goal, g)
+    f = _potential(scaled.log_rows(), a, epsilon)
+    plan, y, x = newton_plan(cost.mT, b, a, epsilon, goal, f)
+    return plan.mT, x, y
 
 
 def _potential(log_scaling: Tensor, mass: Tensor, epsilon: float) -> Tensor:
     potential = epsilon * (log_scaling - mass.log())
     return torch.where(potential.isfinite(), potential, 0.0)
-
-
-def _scaled_plan(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: float,
-    goal: float,
-    kernel: _Kernel,
-    v: Tensor,
-    interval: int | None,
-) -> _Scaled:
-    """Scale until the row error is at most ``goal``; without a plan when patience ends.
-
-    The product that begins an iteration is also the row sum of the plan before it: looking at the
-    error costs no product. Slow scalings that need no absorption (``interval`` None) are
-    over-relaxed; the last one is always plain, so that columns are exact.
-    """
-    u, before, relaxation, settling = a, math.inf, 1.0, False
-    for step in range(_PATIENCE):
-        total = kernel.rows(v)
-        rows = u * total
-        if settling or 0 < step <= 2 * _WINDOW or step % 3 == 0 < step:
-            error = torch.dist(rows, a, math.inf).item()
-            if error <= goal and (settling or relaxation == 1.0):
-                plan = kernel.matrix.mul_(u.unsqueeze(-1)).mul_(v.unsqueeze(-2))
-                return _Scaled(plan, kernel.x, kernel.y)
-            settling = error <= goal
-            if interval is None and step % _WINDOW == 0 and not settling:
-                relaxation, before = _relaxation(relaxation, error / before), error
-        if settling or relaxation == 1.0:
-            u = a / total
-            v = b / kernel.columns(u)
-        else:
-            u = a / total * (a / kernel.guarded(rows)) ** (relaxation - 1)
-            total = kernel.columns(u)
-            v = b / total * (b / kernel.guarded(v * total)) ** (relaxation - 1)
-        if interval is not None and (step + 1) % interval == 0:
-            kernel, u, v = kernel.absorb(cost, epsilon, u, v)
-    return _Scaled(None, kernel.x + u.log(), kernel.y + v.log())
-
-
-def _relaxation(current: float, drop: float) -> float:
-    """Over-relaxation from the drop of the error over a window, as for successive relaxation.
-
-    A rate ``r`` at relaxation ``w`` shows the plain rate ``(r + w - 1)^2 / (r w^2)``, whose best
-    relaxation is ``2 / (1 + sqrt(1 - rate))``. Growing errors return to plain scaling.
-    """
-    if not 0.0 < drop < 1.0:
-        return 1.0
-    rate = drop ** (1.0 / _WINDOW)
-    plain = min((rate + current - 1.0) ** 2 / (rate * current**2), 0.9995)
-    return 2.0 / (1.0 + math.sqrt(1.0 - plain))
