@@ -44,9 +44,10 @@ unit: $(BIN)/.dev
 docs: $(BIN)/.dev  ## Build the documentation site (strict)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(BIN)/.dev  ## Measure speed beside the peers (about 20 minutes)
+bench: $(BIN)/.dev  ## Measure speed beside the peers (about an hour)
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/fused.py --out benchmarks/results/fused.json
+	$(BIN)/python benchmarks/divergences.py --out benchmarks/results/divergences.json
 
 results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
 	$(BIN)/steelyard run bpo --full

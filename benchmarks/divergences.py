@@ -6,7 +6,7 @@ all contestants in turn (A B C, then C B A), quick ones several times; the figur
 time over a peer's inside one round, median over the rounds. Error: the largest marginal error of a
 plan; of a number, its deviation from the reference named in ``reference``.
 
-    python benchmarks/divergences.py            # 6 minutes or more; updates results/divergences.json
+    python benchmarks/divergences.py            # about 6 minutes; updates the committed result
     python benchmarks/divergences.py --quick    # small cases, one round; writes nothing
     python benchmarks/divergences.py --tasks sinkhorn    # rows of tasks that were not run stay
 """

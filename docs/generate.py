@@ -358,7 +358,7 @@ def divergence_tables(result: dict[str, Any], figures: dict[str, Path]) -> str:
     facts = (
         f"{result['settings']['rounds']} rounds on {result['date']}; "
         f"{result['machine']['processor']}, {result['settings']['threads']} thread; "
-        f"{result['wall_seconds'] / 60:.0f} minutes. Versions: {_versions(result)}."
+        f"{sum(result['wall_seconds'].values()) / 60:.0f} minutes. Versions: {_versions(result)}."
     )
     parts = [facts]
     for task, title in DIVERGENCE_TASKS.items():

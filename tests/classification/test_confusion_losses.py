@@ -28,6 +28,7 @@ from steelyard.classification import (
 )
 
 quick = settings(deadline=None, max_examples=25)
+few = settings(deadline=None, max_examples=6)  # for tests of each metric
 seeds = st.integers(0, 2**31)
 scales = st.floats(0.1, 200)
 close = {"rtol": 0, "atol": 1e-12}
@@ -256,7 +257,7 @@ def test_accuracy_is_the_mean_absolute_error_and_f1_the_dice_loss_of_the_soft_la
     torch.testing.assert_close(f1, dice, **close)
 
 
-@quick
+@few
 @given(seeds)
 @metrics
 def test_order_and_duplication_change_nothing(metric, seed):
@@ -302,7 +303,7 @@ def test_slope_at_the_threshold_is_a_sixteenth_of_the_scale_for_both_amplifiers(
     assert slopes[0] == pytest.approx(slopes[1], abs=1e-10)
 
 
-@quick
+@few
 @given(seeds, scales)
 @metrics
 def test_logits_give_the_loss_of_their_probabilities(metric, seed, scale):
