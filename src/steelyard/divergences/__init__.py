@@ -39,7 +39,12 @@ from steelyard.divergences.f_divergences import (
     skew_jensen_shannon,
 )
 from steelyard.divergences.generators import Generator
-from steelyard.divergences.sinkhorn import sinkhorn_divergence, sinkhorn_plan
+from steelyard.divergences.sinkhorn import (
+    SinkhornPotentials,
+    sinkhorn_divergence,
+    sinkhorn_plan,
+    sinkhorn_potentials,
+)
 
 __all__ = [
     "JEFFREYS",
@@ -55,6 +60,7 @@ __all__ = [
     "FDivergence",
     "Generator",
     "IndependenceTest",
+    "SinkhornPotentials",
     "alpha_divergence",
     "cauchy_schwarz_divergence",
     "cauchy_schwarz_mutual_information",
@@ -73,6 +79,7 @@ __all__ = [
     "monte_carlo_divergence",
     "sinkhorn_divergence",
     "sinkhorn_plan",
+    "sinkhorn_potentials",
     "skew_jensen_shannon",
     "u_centred_distances",
 ]
