@@ -141,7 +141,12 @@ def test_a_reader_that_has_gone_is_no_traceback():
 def test_show_tells_purpose_paper_and_names(call):
     code, out, _ = call("show", "awm")
     assert code == 0
-    for part in ("awm: planned", "arxiv.org/abs/2509.25050", "steelyard.diffusion:", "awm_loss"):
+    for part in (
+        "awm: method ready, experiment to come",
+        "arxiv.org/abs/2509.25050",
+        "steelyard.diffusion:",
+        "awm_loss",
+    ):
         assert part in out
 
 

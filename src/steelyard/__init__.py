@@ -17,6 +17,7 @@ _PACKAGES = (
     "tokens",
     "diffusion",
     "classification",
+    "estimation",
     "optim",
     "federated",
     "equivariant",

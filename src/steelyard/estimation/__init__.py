@@ -1,0 +1,119 @@
+"""Estimation: mixtures and their regret, inductive bias, optimal designs, bottlenecks.
+
+Universality of Bayesian mixtures, the information it takes to generalise, weighted least squares
+from determinantal points, and the Cauchy-Schwarz information bottleneck.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from steelyard.estimation.bottleneck import BottleneckTerms, CauchySchwarzBottleneck, cs_ib_loss
+from steelyard.estimation.chi_square_fit import ScaledNCX2, scaled_ncx2_fit
+from steelyard.estimation.determinantal import (
+    WeightedSample,
+    dpp_conditional,
+    projection_dpp_logprob,
+    sample_optimal_iid,
+    sample_projection_dpp,
+    sample_volume,
+    volume_logprob,
+)
+from steelyard.estimation.inductive_bias import (
+    EmpiricalInductiveBias,
+    Satterthwaite,
+    empirical_inductive_bias,
+    inductive_bias,
+    satterthwaite,
+)
+from steelyard.estimation.kernel_hypotheses import (
+    ErrorMoments,
+    KernelHypothesisSpace,
+    error_moments,
+    exact_inductive_bias,
+    kernel_hypothesis_space,
+)
+from steelyard.estimation.langevin import SGLD
+from steelyard.estimation.least_squares import (
+    Christoffel,
+    WeightedFit,
+    chernoff_rate,
+    christoffel,
+    orthonormal_basis,
+    required_samples,
+    weighted_least_squares,
+)
+from steelyard.estimation.mixture_closed_forms import (
+    bernoulli_regret,
+    bernoulli_weight,
+    gaussian_regret,
+    gaussian_weight,
+    linear_regression_regret,
+)
+from steelyard.estimation.universal_mixture import (
+    BayesianMixture,
+    ball_bound,
+    batch_regret,
+    hypothesis_weight,
+    online_regret,
+    soft_bound,
+)
+
+if TYPE_CHECKING:
+    from steelyard.estimation.weighted_regressor import WeightedLeastSquares
+
+__all__ = [
+    "SGLD",
+    "BayesianMixture",
+    "BottleneckTerms",
+    "CauchySchwarzBottleneck",
+    "Christoffel",
+    "EmpiricalInductiveBias",
+    "ErrorMoments",
+    "KernelHypothesisSpace",
+    "Satterthwaite",
+    "ScaledNCX2",
+    "WeightedFit",
+    "WeightedLeastSquares",
+    "WeightedSample",
+    "ball_bound",
+    "batch_regret",
+    "bernoulli_regret",
+    "bernoulli_weight",
+    "chernoff_rate",
+    "christoffel",
+    "cs_ib_loss",
+    "dpp_conditional",
+    "empirical_inductive_bias",
+    "error_moments",
+    "exact_inductive_bias",
+    "gaussian_regret",
+    "gaussian_weight",
+    "hypothesis_weight",
+    "inductive_bias",
+    "kernel_hypothesis_space",
+    "linear_regression_regret",
+    "online_regret",
+    "orthonormal_basis",
+    "projection_dpp_logprob",
+    "required_samples",
+    "sample_optimal_iid",
+    "sample_projection_dpp",
+    "sample_volume",
+    "satterthwaite",
+    "scaled_ncx2_fit",
+    "soft_bound",
+    "volume_logprob",
+    "weighted_least_squares",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn is optional: its estimator is loaded when asked for
+    if name == "WeightedLeastSquares":
+        from steelyard.estimation.weighted_regressor import WeightedLeastSquares
+
+        return WeightedLeastSquares
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
