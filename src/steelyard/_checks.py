@@ -95,10 +95,25 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
 
 
+def check_integer_dtype(**tensors: Tensor | None) -> None:
+    """Require tensors of integers, which booleans are not; ``None`` passes."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
+
+
+def check_count(name: str, value: int, *, at_least: int = 1, expected: str = "an integer") -> None:
+    """Require a Python integer, which a bool is not, of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    check_range(name, value, at_least=at_least)
+
+
 def check_groups(groups: Tensor, values: Tensor, *, name: str = "groups") -> None:
     """Require one integer group id for each of the ``N`` values."""
-    if not isinstance(groups, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(groups).__name__}")
-    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {groups.dtype}")
+    check_integer_dtype(**{name: groups})
     check_shape(name, groups, (values.shape[0],))

@@ -20,6 +20,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Cast half precision to float32, and leave wider dtypes as they are."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 def fill_masked(values: Tensor, mask: Tensor | None, fill: float = 0.0) -> Tensor:
     """Put a harmless number where ``mask`` is false, *before* a formula is applied.
 

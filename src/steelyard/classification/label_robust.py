@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import check_choice, check_count, check_range
 from steelyard._reduce import Reduction, accumulation_dtype, reduce_masked
 from steelyard.classification._labels import check_logits, checked_gaps
 from steelyard.classification._tempered import (
@@ -196,9 +196,8 @@ def _log_softplus(values: Tensor) -> Tensor:
 
 def _check_setting(gaps: Tensor, temperature: float, top_k: int) -> None:
     check_temperature("temperature", temperature)
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an integer, got {type(top_k).__name__}")
-    check_range("top_k", top_k, at_least=1, at_most=gaps.shape[1])
+    check_count("top_k", top_k)
+    check_range("top_k", top_k, at_most=gaps.shape[1])
 
 
 def _ldr_values(gaps: Tensor, temperature: float, top_k: int) -> Tensor:

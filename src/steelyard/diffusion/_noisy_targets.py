@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_floating, check_range
+from steelyard._reduce import widen
 from steelyard.diffusion._time import (
     Times,
     as_column,
     check_items,
     check_step,
-    raised,
 )
 
 
@@ -147,7 +147,7 @@ def noisy_score_target(
     check_choice("form", form, ("exact", "euler"))
     check_step(t=t, s=s)
     late, early = as_column("t", t, x_t), as_column("s", s, x_t)
-    noisy, cleaner = raised(x_t), raised(x_s)
+    noisy, cleaner = widen(x_t), widen(x_s)
     if form == "exact":
         kept = (1 - late) / (1 - early)
         target = (kept * cleaner - noisy) / _conditional_variance(late, early)

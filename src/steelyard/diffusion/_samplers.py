@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_range, check_shape
-from steelyard.diffusion._time import DataAt, check_items, raised, toward_noise
+from steelyard._reduce import widen
+from steelyard.diffusion._time import DataAt, check_items, toward_noise
 
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 """``v(x [N, *D], t [N]) -> [N, *D]``, in the same time convention as the sampler's ``data_at``."""
@@ -123,10 +124,10 @@ def sample_ode(
     for t, t_next in pairwise(_monotone(times)):
         step = t_next - t
         velocity = _evaluate(velocity_fn, x, t)
-        guess = (raised(x) + step * velocity).to(x.dtype)
+        guess = (widen(x) + step * velocity).to(x.dtype)
         if method == "heun" and t_next != data_at:
             average = (velocity + _evaluate(velocity_fn, guess, t_next)) / 2
-            guess = (raised(x) + step * average).to(x.dtype)
+            guess = (widen(x) + step * average).to(x.dtype)
         x = guess
     return x
 
@@ -200,7 +201,7 @@ def sample_sde(
         )
         check_range("noise_level", scale, at_least=0.0)
         away = toward_noise(_evaluate(velocity_fn, x, t), data_at)
-        mean = denoising_mean(raised(x), away, tau, tau_next, scale**2)
+        mean = denoising_mean(widen(x), away, tau, tau_next, scale**2)
         noise = torch.randn(x.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         x = (mean + scale * (tau - tau_next) ** 0.5 * noise).to(x.dtype)
     return x
@@ -221,7 +222,7 @@ def denoising_mean(
 def _evaluate(velocity_fn: VelocityField, x: Tensor, t: float) -> Tensor:
     velocity = velocity_fn(x, x.new_full((x.shape[0],), t))
     check_shape("velocity_fn(x, t)", velocity, tuple(x.shape))
-    return raised(velocity)
+    return widen(velocity)
 
 
 def _monotone(times: Tensor | Sequence[float]) -> list[float]:

@@ -41,11 +41,6 @@ def check_items(**tensors: Tensor | None) -> None:
     check_not_empty(name, first)
 
 
-def raised(tensor: Tensor) -> Tensor:
-    """Return the tensor in the dtype that sums are taken in."""
-    return tensor.to(accumulation_dtype(tensor.dtype))
-
-
 def as_column(name: str, value: Times, like: Tensor) -> Tensor:
     """Return numbers per item so that they broadcast against ``like``, in float32 or better.
 

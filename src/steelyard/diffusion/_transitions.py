@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_range
+from steelyard._reduce import widen
 from steelyard.diffusion._samplers import denoising_mean
 from steelyard.diffusion._time import (
     Times,
@@ -26,7 +27,6 @@ from steelyard.diffusion._time import (
     check_items,
     check_step,
     item_mean,
-    raised,
 )
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -105,7 +105,7 @@ def flow_grpo_step(
     """
     check_items(x=x, velocity=velocity, x_prev=x_prev)
     now, after, variance = _flow_schedule(x, t, t_prev, noise_level)
-    mean = denoising_mean(raised(x), raised(velocity), now, after, variance)
+    mean = denoising_mean(widen(x), widen(velocity), now, after, variance)
     return _gaussian_step(mean, (variance * (now - after)).sqrt(), x.dtype, x_prev, generator)
 
 
@@ -165,7 +165,7 @@ def flow_grpo_kl(
     check_choice("form", form, ("exact", "reference"))
     check_range("noise_level", noise_level, above=0.0)
     now, after, variance = _flow_schedule(velocity, t, t_prev, noise_level)
-    gap = (raised(velocity) - raised(ref_velocity.detach())).square()
+    gap = (widen(velocity) - widen(ref_velocity.detach())).square()
     scale = variance.sqrt()
     rate = (scale * (1 - now) / (2 * now) + 1 / scale).square() / 2
     step = now - after
@@ -239,8 +239,8 @@ def ddpo_step(
         check_range("alphabar_prev", alphabar_prev, above=lowest, at_most=1.0)
     kept = as_column("alphabar", alphabar, x)
     kept_prev = as_column("alphabar_prev", alphabar_prev, x)
-    noise = raised(eps_pred)
-    clean = (raised(x) - (1 - kept).sqrt() * noise) / kept.sqrt()
+    noise = widen(eps_pred)
+    clean = (widen(x) - (1 - kept).sqrt() * noise) / kept.sqrt()
     # 1 - a/b as (b - a)/b and 1 - b - s^2 as (1-b)(1 - eta^2 (1 - a/b)/(1-a)): no cancellation
     # that could leave a negative number under the root.
     share = (kept_prev - kept) / kept_prev / (1 - kept)
@@ -273,7 +273,7 @@ def _gaussian_step(
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         x_prev = (mean.detach() + std * noise).to(dtype)
     # The rounded sample is scored, so that scoring it again later gives the same number.
-    sample = raised(x_prev.detach())
+    sample = widen(x_prev.detach())
     random = std > 0
     width = torch.where(random, std, 1.0)
     gap = sample - mean

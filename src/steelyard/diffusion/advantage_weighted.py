@@ -27,13 +27,13 @@ from steelyard._checks import (
     check_same_shape,
     check_shape,
 )
-from steelyard._reduce import Reduction, fill_masked, reduce_masked
+from steelyard._reduce import Reduction, fill_masked, reduce_masked, widen
 from steelyard.diffusion._noisy_targets import (
     edm_noisy_target_variance,
     noisy_score_target,
     noisy_target_variance_ratio,
 )
-from steelyard.diffusion._time import check_items, item_mean, raised
+from steelyard.diffusion._time import check_items, item_mean
 
 __all__ = [
     "awm_log_likelihood",
@@ -119,8 +119,8 @@ def awm_log_likelihood(
     check_shape("t", t, (velocity.shape[0],))
     check_choice("weighting", weighting, ("ghuber", "uniform", "t", "t2", "huber"))
     check_range("power", power, above=0.0, at_most=1.0)
-    target = raised(noise.detach()) - raised(clean.detach())
-    residual = item_mean((raised(velocity) - target).square())
+    target = widen(noise.detach()) - widen(clean.detach())
+    residual = item_mean((widen(velocity) - target).square())
     time = t.detach().to(residual.dtype)
     if weighting == "uniform":
         cost = residual
@@ -204,7 +204,7 @@ def awm_loss(
     check_not_empty("log_likelihood", log_likelihood)
     check_range("clip", clip, above=0.0)
     check_mask(mask, log_likelihood)
-    log_ratio = raised(log_likelihood) - raised(old_log_likelihood.detach())
+    log_ratio = widen(log_likelihood) - widen(old_log_likelihood.detach())
     log_ratio = fill_masked(log_ratio, mask).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
     advantage = fill_masked(_per_item(advantages, log_ratio), mask)
     ratio = log_ratio.exp()
@@ -262,7 +262,7 @@ def awm_proximity(
     check_floating(t=t)
     check_shape("t", t, (velocity.shape[0],))
     check_choice("weighting", weighting, ("uniform", "elbo"))
-    distance = item_mean((raised(velocity) - raised(ref_velocity.detach())).square())
+    distance = item_mean((widen(velocity) - widen(ref_velocity.detach())).square())
     if weighting == "elbo":
         time = t.detach().to(distance.dtype)
         variance = _ELBO_NOISE_LEVEL**2 * time / (1 - time.clamp(max=_ELBO_LAST_TIME))
@@ -313,7 +313,7 @@ def prompt_advantages(
     check_not_empty("rewards", rewards)
     check_range("eps", eps, above=0.0)
     index, groups = _prompt_index(prompts, rewards)
-    reward = raised(rewards.detach())
+    reward = widen(rewards.detach())
     # Means are taken about each prompt's lowest reward, so that equal rewards give exactly 0.
     lowest = reward.new_full((groups,), torch.inf).scatter_reduce(0, index, reward, "amin")
     count = reward.new_zeros(groups).index_add(0, index, torch.ones_like(reward))

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
-from steelyard._reduce import Reduction, reduce_masked
+from steelyard._reduce import Reduction, reduce_masked, widen
 from steelyard.diffusion._gaussian_mixture import GaussianMixture
-from steelyard.diffusion._time import as_column, check_items, item_mean, raised
+from steelyard.diffusion._time import as_column, check_items, item_mean
 from steelyard.divergences import FDivergence
 
 __all__ = [
@@ -190,7 +190,7 @@ class RatioNormalizer(nn.Module):
             raise ValueError(f"logits must have shape [B] or [B, P], got {list(logits.shape)}")
         check_not_empty("logits", logits)
         check_shape("t", t, (logits.shape[0],))
-        clamped = item_mean(raised(logits.detach())).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+        clamped = item_mean(widen(logits.detach())).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
         ratio = clamped.exp().clamp(self.lower, self.upper)
         share = (t.detach().to(ratio.dtype) - self.t_min) / (self.t_max - self.t_min)
         place = (share * self.bins).floor().clamp(0, self.bins - 1).long()
@@ -267,16 +267,16 @@ def dmd_loss(
     """
     check_items(x=x, teacher_x0=teacher_x0, fake_x0=fake_x0)
     check_range("eps", eps, at_least=0.0)
-    teacher = raised(teacher_x0.detach())
-    direction = raised(fake_x0.detach()) - teacher
+    teacher = widen(teacher_x0.detach())
+    direction = widen(fake_x0.detach()) - teacher
     if factor is None:
-        size = item_mean((raised(x.detach()) - teacher).abs())
+        size = item_mean((widen(x.detach()) - teacher).abs())
         direction = direction / (as_column("size", size, x) + eps)
     else:
         direction = direction * _item_column("factor", factor, x)
     if weight is not None:
         direction = direction * _item_column("weight", weight, x)
-    moved = raised(x) - raised(x.detach())  # 0 in value, 1 in slope
+    moved = widen(x) - widen(x.detach())  # 0 in value, 1 in slope
     return (direction.square() / 2 + direction * moved).mean().to(x.dtype)
 
 
@@ -327,7 +327,7 @@ def fake_score_loss(
     """
     check_items(fake_x0=fake_x0, x=x)
     check_range("sigma_data", sigma_data, above=0.0)
-    losses = item_mean((raised(fake_x0) - raised(x.detach())).square())
+    losses = item_mean((widen(fake_x0) - widen(x.detach())).square())
     if sigma is not None:
         check_floating(sigma=sigma)
         check_shape("sigma", sigma, (x.shape[0],))
@@ -365,7 +365,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     check_floating(real_logits=real_logits, fake_logits=fake_logits)
     check_not_empty("real_logits", real_logits)
     check_not_empty("fake_logits", fake_logits)
-    loss = -logsigmoid(raised(real_logits)).mean() - logsigmoid(-raised(fake_logits)).mean()
+    loss = -logsigmoid(widen(real_logits)).mean() - logsigmoid(-widen(fake_logits)).mean()
     return loss.to(real_logits.dtype)
 
 
@@ -397,7 +397,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     """
     check_floating(fake_logits=fake_logits)
     check_not_empty("fake_logits", fake_logits)
-    return -logsigmoid(raised(fake_logits)).mean().to(fake_logits.dtype)
+    return -logsigmoid(widen(fake_logits)).mean().to(fake_logits.dtype)
 
 
 def karras_sigmas(

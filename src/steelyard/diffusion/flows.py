@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_floating, check_not_empty, check_shape
+from steelyard._reduce import widen
 from steelyard.diffusion._samplers import flow_times, sample_ode, sample_sde
 from steelyard.diffusion._time import (
     DataAt,
     Times,
     check_items,
     noise_fraction,
-    raised,
     refuse_end,
     toward_noise,
 )
@@ -98,7 +98,7 @@ def interpolate(data: Tensor, noise: Tensor, t: Times, *, data_at: DataAt = 0) -
     """
     check_items(data=data, noise=noise)
     tau = noise_fraction(t, data, data_at)
-    return ((1 - tau) * raised(data) + tau * raised(noise)).to(data.dtype)
+    return ((1 - tau) * widen(data) + tau * widen(noise)).to(data.dtype)
 
 
 def velocity_target(data: Tensor, noise: Tensor, *, data_at: DataAt = 0) -> Tensor:
@@ -166,7 +166,7 @@ def velocity_to_noise(velocity: Tensor, x: Tensor, t: Times, *, data_at: DataAt 
     """
     check_items(velocity=velocity, x=x)
     tau = noise_fraction(t, x, data_at)
-    noise = raised(x) + (1 - tau) * toward_noise(raised(velocity), data_at)
+    noise = widen(x) + (1 - tau) * toward_noise(widen(velocity), data_at)
     return noise.to(velocity.dtype)
 
 
@@ -201,7 +201,7 @@ def velocity_to_data(velocity: Tensor, x: Tensor, t: Times, *, data_at: DataAt =
     """
     check_items(velocity=velocity, x=x)
     tau = noise_fraction(t, x, data_at)
-    return (raised(x) - tau * toward_noise(raised(velocity), data_at)).to(velocity.dtype)
+    return (widen(x) - tau * toward_noise(widen(velocity), data_at)).to(velocity.dtype)
 
 
 def velocity_to_score(velocity: Tensor, x: Tensor, t: Times, *, data_at: DataAt = 0) -> Tensor:
@@ -239,7 +239,7 @@ def velocity_to_score(velocity: Tensor, x: Tensor, t: Times, *, data_at: DataAt 
     refuse_end(t, data_at, _NO_SCORE)
     check_items(velocity=velocity, x=x)
     tau = noise_fraction(t, x, data_at)
-    noise = raised(x) + (1 - tau) * toward_noise(raised(velocity), data_at)
+    noise = widen(x) + (1 - tau) * toward_noise(widen(velocity), data_at)
     return (-noise / tau).to(velocity.dtype)
 
 
@@ -275,7 +275,7 @@ def noise_to_velocity(noise: Tensor, x: Tensor, t: Times, *, data_at: DataAt = 0
     refuse_end(t, 1 - data_at, _NO_DATA_SHARE)
     check_items(noise=noise, x=x)
     tau = noise_fraction(t, x, data_at)
-    away = (raised(noise) - raised(x)) / (1 - tau)
+    away = (widen(noise) - widen(x)) / (1 - tau)
     return toward_noise(away, data_at).to(noise.dtype)
 
 
@@ -311,7 +311,7 @@ def data_to_velocity(data: Tensor, x: Tensor, t: Times, *, data_at: DataAt = 0) 
     refuse_end(t, data_at, _NO_NOISE_SHARE)
     check_items(data=data, x=x)
     tau = noise_fraction(t, x, data_at)
-    away = (raised(x) - raised(data)) / tau
+    away = (widen(x) - widen(data)) / tau
     return toward_noise(away, data_at).to(data.dtype)
 
 
@@ -351,7 +351,7 @@ def score_to_velocity(score: Tensor, x: Tensor, t: Times, *, data_at: DataAt = 0
     refuse_end(t, 1 - data_at, _NO_DATA_SHARE)
     check_items(score=score, x=x)
     tau = noise_fraction(t, x, data_at)
-    away = -(raised(x) + tau * raised(score)) / (1 - tau)
+    away = -(widen(x) + tau * widen(score)) / (1 - tau)
     return toward_noise(away, data_at).to(score.dtype)
 
 
@@ -412,7 +412,7 @@ def finite_data_velocity(
     check_shape("data", data, (None, x.shape[1]))
     check_not_empty("data", data)
     tau = noise_fraction(t, x, data_at)
-    position, points = raised(x), data.to(tau.dtype)
+    position, points = widen(x), data.to(tau.dtype)
     # |x - a d|^2 from inner products, about the mean of the data: no [N, K, D] tensor, and a common
     # offset of the data costs no digits. What does not depend on k drops out of the softmax.
     centre = points.detach().mean(0)

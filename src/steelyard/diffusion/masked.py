@@ -18,13 +18,14 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
+    check_integer_dtype,
     check_mask,
     check_not_empty,
     check_shape,
 )
 from steelyard._reduce import accumulation_dtype
-from steelyard.diffusion._arguments import check_integer_dtype, check_whole
 
 __all__ = [
     "InformationGainScores",
@@ -193,7 +194,7 @@ def information_gain_scores(
 
     Source: Yang et al. (2026), arXiv:2602.18176, in the form of the released code.
     """
-    check_integer_dtype("tokens", tokens)
+    check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None,))
     check_not_empty("tokens", tokens)
     check_choice("future", future, ("mean", "sum"))
@@ -224,8 +225,8 @@ def _action(index: int, candidate: Candidate, tokens: Tensor) -> tuple[Tensor, T
             f"{name} must be two lists of the same length, at least 1, "
             f"got shapes {list(positions.shape)} and {list(values.shape)}"
         )
-    check_integer_dtype(f"{name} positions", positions)
-    check_integer_dtype(f"{name} tokens", values)
+    check_integer_dtype(**{f"{name} positions": positions})
+    check_integer_dtype(**{f"{name} tokens": values})
     inside = bool(((positions >= 0) & (positions < len(tokens))).all())
     if not inside or len(torch.unique(positions)) < len(positions):
         raise ValueError(f"{name} must have distinct positions in 0 .. {len(tokens) - 1}")
@@ -252,8 +253,8 @@ def transfer_schedule(num_masked: int, steps: int) -> Tensor:
 
     Source: Nie et al. (2025), LLaDA, arXiv:2502.09992; used by Yang et al. (2026).
     """
-    check_whole("num_masked", num_masked, at_least=0)
-    check_whole("steps", steps, at_least=1)
+    check_count("num_masked", num_masked, at_least=0)
+    check_count("steps", steps, at_least=1)
     each, more = divmod(num_masked, steps)
     return each + (torch.arange(steps) < more).long()
 
@@ -309,7 +310,7 @@ def masked_nelbo(
     Source: Ou et al. (2024), arXiv:2406.03736, for the equality; Yang et al. (2026),
     arXiv:2602.18176.
     """
-    check_integer_dtype("tokens", tokens)
+    check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None, None))
     check_not_empty("tokens", tokens)
     check_mask(mask, tokens)

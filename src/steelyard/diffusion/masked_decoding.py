@@ -16,8 +16,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_not_empty, check_range, check_shape
-from steelyard.diffusion._arguments import check_integer_dtype, check_no_nan, check_whole
+from steelyard._checks import (
+    check_choice,
+    check_count,
+    check_integer_dtype,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
+from steelyard.diffusion._arguments import check_no_nan
 from steelyard.diffusion.masked import (
     Future,
     MaskedModel,
@@ -127,7 +134,7 @@ def decode_masked(
     Source: Yang et al. (2026), arXiv:2602.18176; confidence and margin: LLaDA, arXiv:2502.09992,
     and Dream, arXiv:2508.15487.
     """
-    check_integer_dtype("tokens", tokens)
+    check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None,))
     check_not_empty("tokens", tokens)
     decoder = _Decoder(
@@ -168,9 +175,9 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield the masked positions of each block and how many to commit at each step."""
     if block_size is not None:
-        check_whole("block_size", block_size, at_least=1)
+        check_count("block_size", block_size, at_least=1)
     if steps is not None:
-        check_whole("steps", steps, at_least=1)
+        check_count("steps", steps, at_least=1)
     positions = masked.nonzero().squeeze(1)
     if len(positions) == 0:
         return
@@ -212,7 +219,7 @@ class _Decoder:
         check_choice("sampler", self.sampler, _SAMPLERS)
         check_choice("future", self.future, ("mean", "sum"))
         if self.num_candidates is not None:
-            check_whole("num_candidates", self.num_candidates, at_least=1)
+            check_count("num_candidates", self.num_candidates, at_least=1)
         for name in ("position_temperature", "token_temperature"):
             check_range(name, getattr(self, name), at_least=0.0, below=math.inf)
         if self.bypass is not None:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
+    check_integer_dtype,
     check_not_empty,
     check_range,
     check_same_shape,
     check_shape,
 )
-from steelyard.diffusion._arguments import check_integer_dtype, check_no_nan, check_whole
+from steelyard.diffusion._arguments import check_no_nan
 from steelyard.diffusion.simplex import angle_between
 
 __all__ = [
@@ -286,10 +288,10 @@ def categorical_to_logits(
 
     Source: released code of Yuan et al. (2025), arXiv:2412.03718.
     """
-    check_integer_dtype("codes", codes)
+    check_integer_dtype(codes=codes)
     check_shape("codes", codes, (None,))
     check_not_empty("codes", codes)
-    check_whole("num_classes", num_classes, at_least=2)
+    check_count("num_classes", num_classes, at_least=2)
     if not bool(((codes >= 0) & (codes < num_classes)).all()):
         raise ValueError(f"codes must be in 0 .. {num_classes - 1}")
     share = _SMOOTHING / num_classes

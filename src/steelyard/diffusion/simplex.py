@@ -16,8 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
-from steelyard.diffusion._arguments import check_whole
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
 
 __all__ = ["WeightNeighbours", "minimum_partitions", "simplex_lattice", "weight_neighbours"]
 
@@ -57,8 +62,8 @@ def simplex_lattice(
 
     Source: Das and Dennis (1998); Yuan et al. (2025), Sec. 4, arXiv:2412.03718.
     """
-    check_whole("objectives", objectives, at_least=1)
-    check_whole("partitions", partitions, at_least=1)
+    check_count("objectives", objectives, at_least=1)
+    check_count("partitions", partitions, at_least=1)
     # Stars and bars: m - 1 bars among p + m - 1 places; the gaps between bars are the k_j.
     places = partitions + objectives - 1
     count = math.comb(places, partitions)
@@ -90,8 +95,8 @@ def minimum_partitions(objectives: int, count: int = 400) -> int:
 
     Source: released code of Yuan et al. (2025), arXiv:2412.03718.
     """
-    check_whole("objectives", objectives, at_least=1)
-    check_whole("count", count, at_least=1)
+    check_count("objectives", objectives, at_least=1)
+    check_count("count", count, at_least=1)
     if objectives == 1 and count > 1:
         raise ValueError(f"count must be 1 for one objective, which has one weight, got {count}")
     candidates = range(1, count + 1)  # two objectives or more have over p vectors
@@ -140,7 +145,7 @@ def weight_neighbours(weights: Tensor, k: int | None = None) -> WeightNeighbours
         raise ValueError("weights must be finite and not negative, with no row of zeros")
     total, objectives = values.shape
     wanted = min(objectives + 1, total) if k is None else k
-    check_whole("k", wanted, at_least=1)
+    check_count("k", wanted, at_least=1)
     check_range("k", wanted, at_most=total)
 
     units = torch.nn.functional.normalize(values, dim=1)

@@ -3,8 +3,13 @@
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_shape
-from steelyard.diffusion._arguments import check_integer_dtype, check_whole
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_integer_dtype,
+    check_not_empty,
+    check_shape,
+)
 
 __all__ = ["TabularMaskedModel"]
 
@@ -51,12 +56,12 @@ class TabularMaskedModel(torch.nn.Module):
 
     def __init__(self, states: Tensor, probs: Tensor, vocab_size: int, mask_id: int) -> None:
         super().__init__()
-        check_integer_dtype("states", states)
+        check_integer_dtype(states=states)
         check_shape("states", states, (None, None))
         check_not_empty("states", states)
         check_floating(probs=probs)
         check_shape("probs", probs, (states.shape[0],))
-        check_whole("vocab_size", vocab_size, at_least=1)
+        check_count("vocab_size", vocab_size, at_least=1)
         if not bool(((states >= 0) & (states < vocab_size) & (states != mask_id)).all()):
             raise ValueError(
                 f"states must have tokens in 0 .. {vocab_size - 1} other than the mask"
@@ -70,7 +75,7 @@ class TabularMaskedModel(torch.nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return log marginals ``[B, L, V]`` (``-inf`` for impossible tokens) of ids ``[B, L]``."""
-        check_integer_dtype("ids", ids)
+        check_integer_dtype(ids=ids)
         check_shape("ids", ids, (None, self.indicators.shape[1]))
         seen = ids != self.mask_id
         if not bool((~seen | ((ids >= 0) & (ids < self.vocab_size))).all()):

@@ -1,10 +1,14 @@
-"""Checks and casts that the distillation losses share."""
+"""Checks that the distillation losses share."""
 
-import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_same_shape, check_shape
-from steelyard._reduce import accumulation_dtype
+from steelyard._checks import (
+    check_floating,
+    check_integer_dtype,
+    check_not_empty,
+    check_same_shape,
+    check_shape,
+)
 
 
 def check_pair(student: Tensor, teacher: Tensor, dims: int) -> None:
@@ -18,10 +22,4 @@ def check_pair(student: Tensor, teacher: Tensor, dims: int) -> None:
 def check_labels(name: str, labels: Tensor, shape: tuple[int, ...]) -> None:
     """Require integer labels of a shape."""
     check_shape(name, labels, shape)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {labels.dtype}")
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """Cast half precision to float32."""
-    return tensor.to(accumulation_dtype(tensor.dtype))
+    check_integer_dtype(**{name: labels})

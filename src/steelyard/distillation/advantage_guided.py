@@ -15,8 +15,8 @@ from steelyard._checks import (
     check_same_shape,
     check_shape,
 )
-from steelyard._reduce import Aggregate, aggregate_tokens, fill_masked, reduce_masked
-from steelyard.distillation._arguments import check_labels, widen
+from steelyard._reduce import Aggregate, aggregate_tokens, fill_masked, reduce_masked, widen
+from steelyard.distillation._arguments import check_labels
 
 
 def dckd_loss(

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from steelyard._checks import check_range
-from steelyard.distillation._arguments import check_labels, check_pair, widen
+from steelyard._reduce import widen
+from steelyard.distillation._arguments import check_labels, check_pair
 
 
 def kd_loss(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
-from steelyard._reduce import Reduction, reduce_masked
-from steelyard.distillation._arguments import check_labels, check_pair, widen
+from steelyard._reduce import Reduction, reduce_masked, widen
+from steelyard.distillation._arguments import check_labels, check_pair
 
 
 def pld_loss(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_range
-from steelyard.distillation._arguments import check_pair, widen
+from steelyard._reduce import widen
+from steelyard.distillation._arguments import check_pair
 from steelyard.divergences import sinkhorn_plan
 
 

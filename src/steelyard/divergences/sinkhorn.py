@@ -21,6 +21,7 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
     check_not_empty,
     check_range,
@@ -305,12 +306,8 @@ def _check_problem(
     check_not_empty(name, cost)
     check_range("epsilon", epsilon, above=0.0, below=math.inf)
     check_range("tolerance", tolerance, at_least=0.0, below=math.inf)
-    if num_iterations is None:
-        return
-    if not isinstance(num_iterations, int) or isinstance(num_iterations, bool):
-        found = type(num_iterations).__name__
-        raise TypeError(f"num_iterations must be an int or None, got {found}")
-    check_range("num_iterations", num_iterations, at_least=1)
+    if num_iterations is not None:
+        check_count("num_iterations", num_iterations, expected="an int or None")
 
 
 def _marginal(name: str, mass: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Source: Laborieux and Zenke (2024), Improving equilibrium propagation without we
 through Jacobian homeostasis, arXiv:2309.02214.
 """
 
-import cmath
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from steelyard._checks import check_choice, check_floating, check_range, check_shape
 from steelyard._reduce import Reduction, reduce_masked
 from steelyard.equilibrium.activations import holomorphic_sigmoid
-from steelyard.equilibrium.propagation import METHODS, Method
+from steelyard.equilibrium.propagation import METHODS, Method, circle_estimate
 
 RELAXATIONS, NEWTON_STEPS = 200, 60
 
@@ -181,7 +180,12 @@ class EquilibriumNetwork(nn.Module):
         if method == "cauchy":
             check_range("points", points, at_least=1)
             check_range("beta", beta, above=0.0)
-            return self._cauchy(u, drive, target, points, beta)
+            tolerance = 64 * torch.finfo(u.dtype).eps
+
+            def nudged(start: Tensor, nudge: complex | float) -> Tensor:
+                return self._solve(start, drive, target, nudge, tolerance)
+
+            return circle_estimate(nudged, self.activation, u, points, beta)
         slope = self._slope(u)
         push, _ = self._nudge(u, target)
         matrix = self.connections() * slope.unsqueeze(1) - self._identity(u)
@@ -226,22 +230,6 @@ class EquilibriumNetwork(nn.Module):
         read = activity[:, -self.readout.shape[1] :]
         bias = None if self.readout_bias is None else surprise.mean(0)
         return EquilibriumGradients(weight, errors.mean(0), surprise.mT @ read / count, bias)
-
-    def _cauchy(self, u: Tensor, drive: Tensor, target: Tensor, points: int, beta: float) -> Tensor:
-        rest, tolerance = self.activation(u), 64 * torch.finfo(u.dtype).eps
-        if points == 1:
-            moved = self._solve(u, drive, target, beta, tolerance)
-            return (self.activation(moved) - rest) / beta
-        state = u if points == 2 else u.to(torch.promote_types(u.dtype, torch.complex64))
-        total = torch.zeros_like(u)
-        for k in range(points // 2 + 1):
-            nudge: complex | float = cmath.rect(beta, 2 * cmath.pi * k / points)
-            on_axis = 2 * k in (0, points)
-            nudge = nudge.real if on_axis else nudge
-            state = self._solve(state, drive, target, nudge, tolerance)
-            share = (self.activation(state) - rest) / nudge
-            total += (share.real if share.is_complex() else share) * (1 if on_axis else 2)
-        return total / points
 
     def _solve(
         self,

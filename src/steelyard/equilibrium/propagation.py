@@ -9,6 +9,7 @@ through Jacobian homeostasis, arXiv:2309.02214.
 
 import cmath
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -90,7 +91,8 @@ def error_vector(
     if method == "cauchy":
         check_range("points", points, at_least=1)
         check_range("beta", beta, above=0.0)
-        return _cauchy(field, loss_gradient, u, activity, points, beta)
+        settle = partial(_nudged, field, loss_gradient, activity)
+        return circle_estimate(settle, activity, u, points, beta)
     with torch.no_grad():
         slope = torch.func.jvp(activity, (u,), (torch.ones_like(u),))[1]
         push = loss_gradient(activity(u))
@@ -104,37 +106,49 @@ def error_vector(
         return vector
 
 
-def _cauchy(
-    field: Field,
-    loss_gradient: Callable[[Tensor], Tensor],
-    u: Tensor,
+def circle_estimate(
+    settle: Callable[[Tensor, complex | float], Tensor],
     activity: Callable[[Tensor], Tensor],
+    u: Tensor,
     points: int,
     beta: float,
 ) -> Tensor:
-    """Sum over half the circle; the other half is the conjugate."""
+    """Estimate how activities move with the nudge from fixed points on a circle of nudges.
+
+    Only half the circle is solved; the other half is the conjugate. Each point starts from its
+    neighbour.
+
+    Args:
+        settle: ``(start, nudge) -> state``, solves the nudged system.
+        activity: activities of a state.
+        u: state at rest.
+        points: ``N``, at least 1; one point is a one-sided difference.
+        beta: radius, above 0.
+
+    Returns:
+        The estimate, real, in the shape of ``u``.
+    """
     rest = activity(u)
     if points == 1:
-        return (activity(_nudged(field, loss_gradient, u, activity, beta)) - rest) / beta
+        return (activity(settle(u, beta)) - rest) / beta
     total = torch.zeros_like(rest)
     state = u if points == 2 else u.to(torch.promote_types(u.dtype, torch.complex64))
     for k in range(points // 2 + 1):
         nudge: complex | float = cmath.rect(beta, 2 * cmath.pi * k / points)
-        if 2 * k in (0, points):
-            nudge = nudge.real
-        state = _nudged(field, loss_gradient, state, activity, nudge)
+        on_axis = 2 * k in (0, points)
+        nudge = nudge.real if on_axis else nudge
+        state = settle(state, nudge)
         # Minus the resting activity changes nothing in the sum, and keeps its digits.
         share = (activity(state) - rest) / nudge
-        real = share.real if share.is_complex() else share
-        total = total + real * (1 if 2 * k in (0, points) else 2)
+        total = total + (share.real if share.is_complex() else share) * (1 if on_axis else 2)
     return total / points
 
 
 def _nudged(
     field: Field,
     loss_gradient: Callable[[Tensor], Tensor],
-    start: Tensor,
     activity: Callable[[Tensor], Tensor],
+    start: Tensor,
     nudge: complex | float,
 ) -> Tensor:
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from steelyard._checks import (
     check_choice,
     check_floating,
+    check_integer_dtype,
     check_not_empty,
     check_range,
     check_same_shape,
@@ -215,6 +216,8 @@ def radius_graph(pos: Tensor, radius: float | None = None, batch: Tensor | None 
         >>> radius_graph(torch.tensor([[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]]), radius=2.0)
         tensor([[1, 0],
                 [0, 1]])
+
+    Source: the neighbourhoods of Bekkers et al. (2024), arXiv:2310.02970.
     """
     check_points(pos)
     check_batch(batch, pos)
@@ -250,15 +253,13 @@ def check_batch(batch: Tensor | None, pos: Tensor) -> None:
     if batch is None:
         return
     check_shape("batch", batch, (pos.shape[0],))
-    if batch.is_floating_point() or batch.dtype == torch.bool:
-        raise TypeError(f"batch must have an integer dtype, got {batch.dtype}")
+    check_integer_dtype(batch=batch)
 
 
 def check_edge_index(edge_index: Tensor, points: int) -> None:
     """Require integer pairs of existing points; compiled code trusts the values."""
     check_shape("edge_index", edge_index, (2, None))
-    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise TypeError(f"edge_index must have an integer dtype, got {edge_index.dtype}")
+    check_integer_dtype(edge_index=edge_index)
     if torch.compiler.is_compiling() or edge_index.numel() == 0:
         return
     low, high = (int(bound) for bound in edge_index.aminmax())

@@ -183,6 +183,13 @@ class KernelBasis(nn.Module):
         hidden: width of the network.
         basis: number of functions.
         degree: of the polynomials of the invariants fed to the network.
+
+    Example:
+        >>> basis = KernelBasis(attributes=3, hidden=16, basis=8, degree=2)
+        >>> basis(torch.zeros(5, 3)).shape
+        torch.Size([5, 8])
+
+    Source: Bekkers et al. (2024), arXiv:2310.02970.
     """
 
     def __init__(self, attributes: int, hidden: int, basis: int, degree: int) -> None:
@@ -206,6 +213,17 @@ class BundleConvolution(nn.Module):
         basis: number of basis functions ``B``.
         fiber: whether to convolve over directions.
         receiver: whether a third kernel looks at the receiver's direction.
+
+    Example:
+        Two points that see each other, without directions:
+
+        >>> convolution = BundleConvolution(4, 8, fiber=False, receiver=False)
+        >>> edges = torch.tensor([[0, 1], [1, 0]])
+        >>> geometry = Geometry(edges, torch.ones(2, 1, 8), None, None)
+        >>> convolution(torch.ones(2, 1, 4), geometry).shape
+        torch.Size([2, 1, 4])
+
+    Source: Bekkers et al. (2024), arXiv:2310.02970.
     """
 
     def __init__(self, hidden: int, basis: int, *, fiber: bool, receiver: bool) -> None:
@@ -259,6 +277,17 @@ class PonitaBlock(nn.Module):
         receiver: see :class:`BundleConvolution`.
         widening: width of the network over ``C``.
         layer_scale: start of the learned scale of each channel; ``None`` = no scale.
+
+    Example:
+        A scale of 0 makes the block the identity:
+
+        >>> block = PonitaBlock(4, 8, fiber=False, receiver=False, widening=2, layer_scale=0.0)
+        >>> geometry = Geometry(torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 1, 8), None, None)
+        >>> x = torch.randn(2, 1, 4)
+        >>> torch.equal(block(x, geometry), x)
+        True
+
+    Source: Bekkers et al. (2024), arXiv:2310.02970, after ConvNeXt, arXiv:2201.03545.
     """
 
     def __init__(

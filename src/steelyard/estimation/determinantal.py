@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_range, check_same_shape, check_shape
+from steelyard._checks import (
+    check_floating,
+    check_integer_dtype,
+    check_range,
+    check_same_shape,
+    check_shape,
+)
 from steelyard.estimation._numbers import check_law, check_values, narrow_dtype, wide_dtype, widen
 from steelyard.estimation.least_squares import check_basis
 
@@ -393,10 +399,7 @@ def _given(weights: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _check_indices(indices: Tensor, candidates: int) -> None:
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise TypeError(f"indices must have an integer dtype, got {indices.dtype}")
+    check_integer_dtype(indices=indices)
     if indices.dim() == 0:
         raise ValueError("indices must have at least one dimension, got shape []")
     outside = indices[(indices < 0) | (indices >= candidates)]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from steelyard._checks import (
     check_floating,
+    check_integer_dtype,
     check_not_empty,
     check_range,
     check_same_shape,
@@ -127,10 +128,7 @@ class BayesianMixture(nn.Module):
         return self._log_weights.exp().to(self._dtype)
 
     def _counts(self, symbols: Tensor) -> Tensor:
-        if not isinstance(symbols, Tensor):
-            raise TypeError(f"symbols must be a torch.Tensor, got {type(symbols).__name__}")
-        if symbols.is_floating_point() or symbols.is_complex() or symbols.dtype == torch.bool:
-            raise TypeError(f"symbols must have an integer dtype, got {symbols.dtype}")
+        check_integer_dtype(symbols=symbols)
         check_shape("symbols", symbols, (None,))
         size = self._log_models.shape[1]
         outside = symbols[(symbols < 0) | (symbols >= size)]

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_range, check_shape
 
 LOG_ZERO = -1e30
 """Stands for a logit of ``-inf``: its exponential is 0, and 0 times it is 0, not NaN."""
@@ -229,13 +229,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
     """Require a positive number of rows, or ``None``."""
     if chunk_size is not None:
         check_count("chunk_size", chunk_size, expected="an integer or None")
-
-
-def check_count(name: str, value: int, *, expected: str = "an integer") -> None:
-    """Require an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    check_range(name, value, at_least=1)
 
 
 def _has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from steelyard._checks import check_shape
+from steelyard._checks import check_integer_dtype, check_shape
 from steelyard.fused._blocks import (
     LOG_ZERO,
     Head,
@@ -237,8 +237,7 @@ def _locate(targets: Tensor, here: slice) -> tuple[Tensor, Tensor]:
 
 def _check_targets(targets: Tensor, rows: int) -> None:
     check_shape("targets", targets, (rows,))
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must have an integer dtype, got {targets.dtype}")
+    check_integer_dtype(targets=targets)
 
 
 def _check_target_values(targets: Tensor, vocabulary: int) -> None:

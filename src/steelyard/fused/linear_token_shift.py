@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_shape
+from steelyard._checks import check_count, check_shape
 from steelyard.fused._blocks import (
     Head,
     block_rows,
     check_chunk_size,
-    check_count,
     check_head,
     empty_rows,
     fill_rows,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steelyard.diffusion._arguments import check_integer_dtype, check_whole
+from steelyard._checks import check_count, check_integer_dtype
 from steelyard.diffusion.masked import Future
 from steelyard.diffusion.masked_decoding import DecodedTokens, Sampler, decode_masked
 
@@ -114,7 +114,7 @@ class InfoGainSampler:
             TypeError: ``prompt_ids`` not integer.
         """
         _check_ids("prompt_ids", prompt_ids)
-        check_whole("max_new_tokens", max_new_tokens, at_least=1)
+        check_count("max_new_tokens", max_new_tokens, at_least=1)
         masks = prompt_ids.new_full((*prompt_ids.shape[:-1], max_new_tokens), self.mask_id)
         ids = torch.cat([prompt_ids, masks], -1)
         return self.fill(ids, steps=steps, block_size=block_size, generator=generator)
@@ -192,7 +192,7 @@ def _mask_id(model: nn.Module, mask_id: int | None, tokenizer: Any) -> int:
 
 
 def _check_ids(name: str, ids: Tensor) -> None:
-    check_integer_dtype(name, ids)
+    check_integer_dtype(**{name: ids})
     if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] == 0):
         raise ValueError(f"{name} must have shape [L] or [B, L], got {list(ids.shape)}")
 

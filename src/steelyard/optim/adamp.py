@@ -13,6 +13,7 @@ Source: Heo et al. (2021), AdamP: Slowing Down the Slowdown for Momentum Optimiz
 Scale-invariant Weights, arXiv:2006.08217.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -27,7 +28,7 @@ from steelyard.optim.projection import as_rows, radial_coefficients
 _FUSED = (torch.float32, torch.float64)
 
 
-class _Projected(Optimizer):
+class _Projected(Optimizer, ABC):
     """What AdamP and SGDP share: checks of gradients, the projection, decay and step."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -81,8 +82,9 @@ class _Projected(Optimizer):
                 self._step_group(group, params)
         return loss
 
+    @abstractmethod
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        raise NotImplementedError
+        """Step the parameters of one group, all of which have a gradient."""
 
     def _use_foreach(self, group: dict[str, Any], params: list[Tensor]) -> bool:
         wanted = group["foreach"]
@@ -386,11 +388,12 @@ class SGDP(_Projected):
                     p, memory_format=torch.preserve_format
                 )
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        if self._use_foreach(group, params):
+        grouped = self._use_foreach(group, params)
+        if grouped:
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
         for p, grad, buffer in zip(params, grads, buffers, strict=True):
-            if not self._use_foreach(group, params):
+            if not grouped:
                 buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
             if group["nesterov"]:
                 update = torch.add(grad, buffer, alpha=momentum, out=self._buffer(p))

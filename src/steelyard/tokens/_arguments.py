@@ -5,14 +5,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-from steelyard._checks import check_not_empty, check_range
-
-
-def check_count(name: str, value: int, *, at_least: int = 1) -> None:
-    """Require an integer of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    check_range(name, value, at_least=at_least)
+from steelyard._checks import check_not_empty
 
 
 def check_has_vocabulary(name: str, tensor: Tensor) -> None:

@@ -35,6 +35,8 @@ class CachedNextToken:
         >>> _ = next_token(torch.tensor([[1, 2, 7, 7]]))  # feeds the last two only
         >>> next_token.fed_tokens
         5
+
+    Source: the cached decoding that cross-sampling needs, Meng et al. (2026), arXiv:2603.22446.
     """
 
     def __init__(self, model: Any) -> None:

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice
-from steelyard.tokens._arguments import check_count, check_threshold
+from steelyard._checks import check_choice, check_count
+from steelyard.tokens._arguments import check_threshold
 from steelyard.tokens.cross_sampling import jensen_shannon
 
 Prefix = tuple[int, ...]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steelyard._checks import check_range, check_shape
+from steelyard._checks import check_count, check_range, check_shape
 from steelyard.fused import LinearLogprobs, TokenShift, linear_logprobs, linear_token_shift
-from steelyard.tokens._arguments import check_count, check_token_ids
+from steelyard.tokens._arguments import check_token_ids
 from steelyard.tokens._decoding import takes
 from steelyard.tokens.shift import token_shift
 

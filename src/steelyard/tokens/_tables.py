@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_mask,
     check_not_empty,
@@ -16,7 +17,7 @@ from steelyard._checks import (
 from steelyard._reduce import accumulation_dtype, fill_masked
 from steelyard.fused import TokenShift
 from steelyard.fused._shift import top_tokens
-from steelyard.tokens._arguments import check_count, check_has_vocabulary, check_threshold
+from steelyard.tokens._arguments import check_has_vocabulary, check_threshold
 
 
 class PositionalProfile(NamedTuple):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_mask, check_range, check_shape
+from steelyard._checks import check_count, check_mask, check_range, check_shape
 from steelyard.fused._shift import entropy, js_and_kl
-from steelyard.tokens._arguments import check_count, check_threshold, check_token_ids
+from steelyard.tokens._arguments import check_threshold, check_token_ids
 from steelyard.tokens._decoding import as_next_token, next_logprobs
 
 __all__ = [
@@ -225,6 +225,16 @@ def trace_cross_sampling(
 def switch_above_js(threshold: float) -> SwitchRule:
     """Switch where the two laws differ by more than ``threshold`` nats: the paper's rule.
 
+    Args:
+        threshold: nats, any number; infinities switch never or always.
+
+    Returns:
+        A rule ``(host, other, step) -> [B]`` on log-probabilities ``[B, V]``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN.
+
     Example:
         >>> laws = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
         >>> switch_above_js(0.05)(*laws, 0), switch_above_js(0.2)(*laws, 0)
@@ -241,6 +251,16 @@ def switch_below_js(threshold: float) -> SwitchRule:
 
     Choose the threshold as the quantile of the measured divergences that gives the wanted share.
 
+    Args:
+        threshold: nats, any number; infinities switch never or always.
+
+    Returns:
+        A rule ``(host, other, step) -> [B]`` on log-probabilities ``[B, V]``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN.
+
     Example:
         >>> laws = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
         >>> switch_below_js(0.05)(*laws, 0), switch_below_js(0.2)(*laws, 0)
@@ -254,6 +274,16 @@ def switch_below_js(threshold: float) -> SwitchRule:
 
 def switch_above_entropy(threshold: float) -> SwitchRule:
     """Control: switch where the host is uncertain, its entropy above ``threshold`` nats.
+
+    Args:
+        threshold: nats, any number; infinities switch never or always.
+
+    Returns:
+        A rule ``(host, other, step) -> [B]`` on log-probabilities ``[B, V]``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN.
 
     Example:
         >>> laws = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -271,6 +301,13 @@ def switch_at(positions: Tensor) -> SwitchRule:
 
     Args:
         positions: bool, ``[B, max_new_tokens]``, for example of :func:`random_switch_positions`.
+
+    Returns:
+        A rule ``(host, other, step) -> [B]``; past the last position it raises.
+
+    Raises:
+        TypeError: not bool.
+        ValueError: not two-dimensional.
 
     Example:
         >>> rule = switch_at(torch.tensor([[False, True]]))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range
-from steelyard.tokens._arguments import check_count
+from steelyard._checks import check_count, check_floating, check_not_empty, check_range
 from steelyard.tokens._heat_maps import heat_map_html, heat_map_text
 
 if TYPE_CHECKING:

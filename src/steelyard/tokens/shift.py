@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_mask,
     check_not_empty,
@@ -23,7 +24,7 @@ from steelyard._checks import (
 from steelyard._reduce import accumulation_dtype
 from steelyard.fused import TokenShift
 from steelyard.fused._shift import js_and_kl, shift_of_rows
-from steelyard.tokens._arguments import check_count, check_has_vocabulary, check_threshold
+from steelyard.tokens._arguments import check_has_vocabulary, check_threshold
 from steelyard.tokens._tables import positional_profile
 
 __all__ = ["ShiftSummary", "nucleus", "shift_summary", "token_shift"]

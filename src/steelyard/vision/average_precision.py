@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_range, check_shape
+from steelyard._checks import (
+    check_floating,
+    check_integer_dtype,
+    check_range,
+    check_shape,
+)
 
 __all__ = ["MaskAveragePrecision", "mask_average_precision", "mask_iou"]
 
@@ -217,8 +222,7 @@ def _check_image(name: str, image: Mapping[str, Tensor], *, scored: bool) -> Non
         raise ValueError(f"{name} must have {', '.join(keys)}, got {', '.join(image) or 'nothing'}")
     _check_masks(f"{name}['masks']", image["masks"])
     check_shape(f"{name}['labels']", image["labels"], (len(image["masks"]),))
-    if image["labels"].is_floating_point() or image["labels"].dtype == torch.bool:
-        raise TypeError(f"{name}['labels'] must have an integer dtype, got {image['labels'].dtype}")
+    check_integer_dtype(**{f"{name}['labels']": image["labels"]})
     if scored:
         check_shape(f"{name}['scores']", image["scores"], (len(image["masks"]),))
         check_floating(**{f"{name}['scores']": image["scores"]})

@@ -12,7 +12,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import (
+    check_floating,
+    check_integer_dtype,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
 from steelyard._reduce import accumulation_dtype
 
 __all__ = [
@@ -424,8 +430,7 @@ def balanced_draws(
     Source: Fan et al. (2024), code, arXiv:2405.10185.
     """
     check_shape("pool_sizes", pool_sizes, (None,))
-    if pool_sizes.is_floating_point() or pool_sizes.dtype == torch.bool:
-        raise TypeError(f"pool_sizes must have an integer dtype, got {pool_sizes.dtype}")
+    check_integer_dtype(pool_sizes=pool_sizes)
     check_range("count", count, at_least=0)
     filled = (pool_sizes > 0).nonzero().squeeze(1)
     if len(filled) == 0:

@@ -12,7 +12,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_not_empty, check_range, check_shape
+from steelyard._checks import (
+    check_choice,
+    check_integer_dtype,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
 from steelyard.vision._blend import box_blurred, gradient_blend, opacity_blend
 
 __all__ = ["PastedInstance", "mask_boxes", "paste_instance"]
@@ -198,8 +204,7 @@ def _check_arguments(
     if masks.dtype != torch.bool:
         raise TypeError(f"masks must have dtype torch.bool, got {masks.dtype}")
     check_shape("labels", labels, (len(masks),))
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    check_integer_dtype(labels=labels)
     check_shape("source", source, tuple(image.shape))
     if source.dtype != image.dtype:
         raise TypeError(f"source must have the dtype of image, {image.dtype}, got {source.dtype}")
