@@ -118,15 +118,19 @@ def test_regret_is_flat_in_the_number_of_features_only_if_their_variances_decay(
     assert regret(600, spread) > 1.5 * regret(20, decaying[:20])
 
 
-def edges(truth, epsilon):
-    """Ends of the ball around a coin, by another root finder."""
+def low_end(truth, epsilon):
+    """Lower end of the ball around a coin, by another root finder."""
 
     def excess(theta):
         kl = special.rel_entr(truth, theta) + special.rel_entr(1 - truth, 1 - theta)
         return float(kl) - epsilon
 
-    low = optimize.brentq(excess, 1e-300, truth, xtol=1e-300, rtol=1e-15)
-    return low, optimize.brentq(excess, truth, 1 - 1e-16, xtol=1e-300, rtol=1e-15)
+    return optimize.brentq(excess, 1e-300, truth, xtol=1e-300, rtol=1e-15)
+
+
+def edges(truth, epsilon):
+    """Both ends; the upper one is the mirror image, for it may lie within rounding of 1."""
+    return low_end(truth, epsilon), 1 - low_end(1 - truth, epsilon)
 
 
 @quick
