@@ -17,6 +17,7 @@ _PACKAGES = (
     "tokens",
     "diffusion",
     "classification",
+    "metric_learning",
     "estimation",
     "optim",
     "federated",

@@ -1,0 +1,312 @@
+r"""How differently the classes fare at one common threshold: utilities and OPIS.
+
+A match is accepted when the distance of two unit vectors is at most ``d``. Each class has its own
+rates there, and OPIS is the variance of their utilities over the classes, averaged over a range of
+thresholds. Classes are walked one at a time, on purpose: memory is that of one class against all.
+Nothing here carries a gradient.
+
+Source: Zhang et al. (2024), Sec. 3, arXiv:2307.04047.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_groups,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
+from steelyard.metric_learning._unit_rows import unit_rows
+
+__all__ = ["OPIS", "OperatingPoints", "operating_point_utility", "opis"]
+
+_BINS = 2**14  # of the distance, to find two order statistics without sorting all pairs
+_BLOCK_ELEMENTS = 2**22
+
+
+class OperatingPoints(NamedTuple):
+    """What :func:`operating_point_utility` returns, each ``[G, C]``."""
+
+    utility: Tensor
+    sensitivity: Tensor
+    specificity: Tensor
+
+
+class OPIS(NamedTuple):
+    """What :func:`opis` returns."""
+
+    opis: Tensor
+    """Variance of the classes' utilities, averaged over the range; 0-d, in [0, 1/4]."""
+    mean_utility: Tensor
+    """Utility averaged over classes and the range; 0-d."""
+    threshold_range: tuple[Tensor, Tensor]
+    """Lowest and highest threshold, 0-d float64 each."""
+
+
+class _Gallery(NamedTuple):
+    """Unit vectors of the classes with two items or more, items of a class side by side."""
+
+    unit: Tensor
+    bounds: list[int]
+
+    def classes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the sorted distances of each class: within it, and from it to the others."""
+        for low, high in zip(self.bounds, self.bounds[1:], strict=False):
+            mine = self.unit[low:high]
+            within = _distances(mine, mine)
+            row, column = torch.triu_indices(len(mine), len(mine), 1, device=mine.device)
+            others = torch.cat((self.unit[:low], self.unit[high:]))
+            across = _distances(mine, others).flatten()
+            yield within[row, column].sort().values, across.sort().values
+
+    def negative_blocks(self) -> Iterator[Tensor]:
+        """Yield every distance between two classes once, in blocks of bounded size."""
+        for low, high in zip(self.bounds, self.bounds[1:], strict=False):
+            later = self.unit[high:]
+            if len(later):
+                size = max(1, _BLOCK_ELEMENTS // len(later))
+                for start in range(low, high, size):
+                    rows = self.unit[start : min(start + size, high)]
+                    yield _distances(rows, later).flatten()
+
+
+def operating_point_utility(
+    embeddings: Tensor, labels: Tensor, thresholds: Tensor
+) -> OperatingPoints:
+    r"""Sensitivity, specificity and their F-score for each class at each threshold.
+
+    Over unordered pairs of unit vectors,
+
+    .. math::
+        \psi_i(d) &= P(\text{dist} \le d \mid \text{both ends in class } i), \\
+        \phi_i(d) &= P(\text{dist} > d \mid \text{one end in class } i), \qquad
+        U_i = \frac{2 \phi_i \psi_i}{\phi_i + \psi_i}
+
+    and ``U = 0`` where both are 0.
+
+    Args:
+        embeddings: ``[N, D]``, normalised inside; detached. Computed in float64.
+        labels: integer class of each item, ``[N]``. A class of one item has no pair of its own: it
+            and its item are left out.
+        thresholds: Euclidean distances between unit vectors, ``[G]``, in any order.
+
+    Returns:
+        ``utility``, ``sensitivity``, ``specificity``, ``[G, C]`` each, classes with two items or
+        more in sorted order, dtype of ``embeddings``. A single class has specificity 1.
+
+    Raises:
+        ValueError: wrong shapes, empty or NaN input, or no class with two items.
+        TypeError: a tensor is not floating point or ``labels`` not integer.
+
+    Example:
+        One threshold, a tight class and a loose one:
+
+        >>> import torch
+        >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> at = operating_point_utility(rows, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0]))
+        >>> at.sensitivity, at.specificity
+        (tensor([[1., 0.]]), tensor([[1., 1.]]))
+
+    Source: Zhang et al. (2024), Sec. 3, arXiv:2307.04047; pairs counted as stated here.
+    """
+    gallery = _gallery(embeddings, labels)
+    check_floating(thresholds=thresholds)
+    check_shape("thresholds", thresholds, (None,))
+    check_not_empty("thresholds", thresholds)
+    at = thresholds.detach().to(gallery.unit)
+    if bool(at.isnan().any()):
+        raise ValueError("thresholds must not contain NaN")
+    rates = [_rates(within, across, at) for within, across in gallery.classes()]
+    sensitivity = torch.stack([rate[0] for rate in rates], -1)
+    specificity = torch.stack([rate[1] for rate in rates], -1)
+    values = (_utility(sensitivity, specificity), sensitivity, specificity)
+    return OperatingPoints(*(value.to(embeddings.dtype) for value in values))
+
+
+def opis(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    far_range: tuple[float, float] = (0.01, 0.1),
+    threshold_range: tuple[float | Tensor, float | Tensor] | None = None,
+    grid: int | None = None,
+) -> OPIS:
+    r"""Operating-point inconsistency score: 0 if one threshold treats all classes alike.
+
+    .. math::
+        \mathrm{OPIS} = \frac{1}{T (d_{\max} - d_{\min})} \int_{d_{\min}}^{d_{\max}}
+            \sum_{i=1}^T \big( U_i(d) - \bar U(d) \big)^2 \, \mathrm{d}d
+
+    with the utilities of :func:`operating_point_utility`. They are steps that change at pair
+    distances, so the integral is a finite sum, taken exactly after one sort of the distances in
+    the range. Always report recall beside it: a collapsed embedding has a low score.
+
+    Args:
+        embeddings: ``[N, D]``, normalised inside; detached. Computed in float64.
+        labels: integer class of each item, ``[N]``; classes of one item are left out.
+        far_range: false-accept rates in [0, 1] that set the range: the linear quantiles of the
+            distances of all pairs between classes. Use 1e5 such pairs or more for a rate of 0.01.
+        threshold_range: lowest and highest distance; given, it replaces ``far_range``, for example
+            with the range found on a calibration split.
+        grid: ``None`` = the exact integral; else the mean over that many equally spaced
+            thresholds, ends included, >= 2. The grid needs no memory for the distances in range.
+
+    Returns:
+        ``opis``, ``mean_utility`` in the dtype of ``embeddings``, and ``threshold_range``. Scores
+        compare only at the same false-accept rates.
+
+    Raises:
+        ValueError: wrong shapes, empty or NaN input, no class with two items, an empty range of
+            thresholds, or (without ``threshold_range``) fewer than two classes.
+        TypeError: ``embeddings`` not floating point, ``labels`` or ``grid`` not an integer.
+
+    Example:
+        Two classes of equal spread, then one of them twice as wide:
+
+        >>> import torch
+        >>> def circle(*degrees):
+        ...     angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+        ...     return torch.stack((angle.cos(), angle.sin()), -1)
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> alike = opis(circle(-5, 5, 85, 95), labels, threshold_range=(0.1, 0.5))
+        >>> uneven = opis(circle(-5, 5, 80, 100), labels, threshold_range=(0.1, 0.5))
+        >>> round(alike.opis.item(), 6), round(uneven.opis.item(), 6)
+        (0.0, 0.108116)
+
+    Source: Zhang et al. (2024), Sec. 3, arXiv:2307.04047; the exact sum is ours.
+    """
+    gallery = _gallery(embeddings, labels)
+    low, high = _threshold_range(gallery, far_range, threshold_range)
+    if grid is None:
+        score, utility = _exact_variance(gallery, low, high)
+    else:
+        check_count("grid", grid, at_least=2)
+        at = torch.linspace(0, 1, grid, dtype=low.dtype, device=low.device) * (high - low) + low
+        at[-1] = high
+        rates = [_rates(within, across, at) for within, across in gallery.classes()]
+        utilities = torch.stack([_utility(*rate) for rate in rates])
+        score, utility = utilities.var(0, correction=0).mean(), utilities.mean()
+    dtype = embeddings.dtype
+    return OPIS(score.to(dtype), utility.to(dtype), (low, high))
+
+
+def _gallery(embeddings: Tensor, labels: Tensor) -> _Gallery:
+    check_floating(embeddings=embeddings)
+    check_shape("embeddings", embeddings, (None, None))
+    check_not_empty("embeddings", embeddings)
+    check_groups(labels, embeddings, name="labels")
+    unit = unit_rows(embeddings.detach().double())
+    if bool(unit.isnan().any()):
+        raise ValueError("embeddings must be finite, got NaN or infinite entries")
+    _, index, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    kept = count >= 2
+    if not bool(kept.any()):
+        raise ValueError("labels must give some class two items, got classes of one item only")
+    order = index.argsort(stable=True)
+    order = order[kept[index[order]]]
+    bounds = [0, *count[kept].cumsum(0).tolist()]
+    return _Gallery(unit[order], bounds)
+
+
+def _distances(left: Tensor, right: Tensor) -> Tensor:
+    # From the differences: sqrt(2 - 2s) loses half the digits of a small distance.
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(left, right, compute_mode=mode)
+
+
+def _rates(within: Tensor, across: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Sensitivity and specificity from the sorted distances of a class."""
+    accepted = torch.searchsorted(within, at, right=True)
+    wrong = torch.searchsorted(across, at, right=True)
+    sensitivity = accepted.to(at.dtype) / len(within)
+    specificity = (len(across) - wrong).to(at.dtype) / max(1, len(across))
+    return sensitivity, specificity if len(across) else torch.ones_like(sensitivity)
+
+
+def _utility(sensitivity: Tensor, specificity: Tensor) -> Tensor:
+    total = sensitivity + specificity
+    return 2 * sensitivity * specificity / torch.where(total > 0, total, 1.0)
+
+
+def _exact_variance(gallery: _Gallery, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the range of the variance and of the mean of the utilities.
+
+    Each class adds, at each of its distances, the changes of its U and U^2; sorted together and
+    summed up they are the sums over classes between any two distances.
+    """
+    total = torch.zeros(2, dtype=low.dtype, device=low.device)
+    places, changes = [low[None]], [total[None]]
+    for within, across in gallery.classes():
+        steps = [x[(x > low) & (x < high)] for x in (within, across)]
+        place = torch.cat((low[None], *steps)).sort().values
+        utility = _utility(*_rates(within, across, place))
+        powers = torch.stack((utility, utility.square()), -1)
+        total = total + powers[0]
+        change = powers.diff(dim=0)
+        places.append(place[1:])
+        changes.append(change)
+    place, order = torch.cat(places).sort(stable=True)
+    sums = total + torch.cat(changes)[order].cumsum(0)
+    width = torch.cat((place, high[None])).diff() / (high - low)
+    count = len(gallery.bounds) - 1
+    mean = sums[:, 0] / count
+    variance = (sums[:, 1] / count - mean.square()).clamp(min=0)
+    return (variance * width).sum(), (mean * width).sum()
+
+
+def _threshold_range(
+    gallery: _Gallery,
+    far_range: tuple[float, float],
+    threshold_range: tuple[float | Tensor, float | Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    if threshold_range is None:
+        check_range("far_range[0]", far_range[0], at_least=0.0, at_most=1.0)
+        check_range("far_range[1]", far_range[1], above=far_range[0], at_most=1.0)
+        if len(gallery.bounds) < 3:
+            raise ValueError(
+                "labels must give two classes at least two items each, got one such class; "
+                "threshold_range would do without pairs between classes"
+            )
+        low, high = (_negative_quantile(gallery, rate) for rate in far_range)
+        if not bool(low < high):
+            raise ValueError(
+                f"far_range must span different distances, got {float(low)} for both ends; "
+                "pass threshold_range"
+            )
+        return low, high
+    ends = [float(end) for end in threshold_range]
+    check_range("threshold_range[0]", ends[0], at_least=0.0)
+    check_range("threshold_range[1]", ends[1], above=ends[0])
+    return gallery.unit.new_tensor(ends[0]), gallery.unit.new_tensor(ends[1])
+
+
+def _negative_quantile(gallery: _Gallery, rate: float) -> Tensor:
+    """Linear quantile of the distances between classes, without holding them all.
+
+    A first pass counts them in bins; a second sorts the bins that hold the two neighbours.
+    """
+    bins = torch.zeros(_BINS + 1, dtype=torch.long, device=gallery.unit.device)
+    for block in gallery.negative_blocks():
+        bins += torch.bincount(_bin(block), minlength=_BINS + 1)
+    below = bins.cumsum(0)
+    position = rate * (int(below[-1]) - 1)
+    rank = int(position)
+    ranks = torch.tensor([rank, min(rank + 1, int(below[-1]) - 1)], device=bins.device)
+    first, last = torch.searchsorted(below, ranks, right=True).tolist()
+    picked = []
+    for block in gallery.negative_blocks():
+        at = _bin(block)
+        picked.append(block[(at >= first) & (at <= last)])
+    offset = int(below[first - 1]) if first else 0
+    left, right = torch.cat(picked).sort().values[ranks - offset]
+    return torch.lerp(left, right, position - rank)
+
+
+def _bin(distances: Tensor) -> Tensor:
+    return (distances * (_BINS / 2)).long().clamp(max=_BINS)
