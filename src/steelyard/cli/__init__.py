@@ -109,7 +109,9 @@ def _list(arguments: list[str]) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     by_status: dict[str, list[catalog.System]] = {name: [] for name in catalog.STATUSES}
     for system in catalog.SYSTEMS:
-        by_status[catalog.status(system)].append(system)
+        others = (name for name, of in catalog.OTHER_RECIPES.items() if of == system.name)
+        for each in (system, *map(catalog.find, others)):
+            by_status[catalog.status(each)].append(each)
     for name, systems in by_status.items():
         if not systems:
             continue

@@ -4,7 +4,8 @@ import importlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import steelyard
@@ -75,8 +76,14 @@ def _try(topic: str, check: Callable[[], str]) -> Finding:
         return topic, BROKEN, " ".join(f"{type(error).__name__}: {error}".split())
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Return the packages behind each module; reads every installed file list, so only once."""
+    return importlib.metadata.packages_distributions()
+
+
 def _with_version(module: str) -> str:
-    names = importlib.metadata.packages_distributions().get(module)
+    names = _distributions().get(module)
     return f"{module} {importlib.metadata.version(names[0])}" if names else module
 
 

@@ -46,18 +46,23 @@ class Form:
         config: the recipe's ``Config``.
         seeds: how many seeds are run by default; at least 1.
         minutes: a rough estimate of the time on two cores, said before starting.
+        threads: most threads of a seed; ``None`` = its share of the cores. Models of a few
+            thousand parameters are slower with two threads than with one.
 
     Raises:
-        ValueError: ``seeds`` below 1 or a negative ``minutes``.
+        ValueError: ``seeds`` or ``threads`` below 1, or a negative ``minutes``.
     """
 
     config: Any
     seeds: int
     minutes: float
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_range("seeds", self.seeds, at_least=1)
         check_range("minutes", self.minutes, at_least=0)
+        if self.threads is not None:
+            check_range("threads", self.threads, at_least=1)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def command(result: Result) -> str:
     Flags are given where the configuration differs from the form's, or all of them if the recipe
     cannot be loaded here.
     """
-    known = any(system.name == result["recipe"] for system in catalog.SYSTEMS)
+    known = result["recipe"] in catalog.names()
     words = ["steelyard", "run", result["recipe"] if known else f"{result['recipe']}.py"]
     if result["form"] == "full":
         words.append("--full")
@@ -172,7 +172,7 @@ def _recipe(result: Result) -> "Recipe | None":
     """Load the catalogue's recipe of a result; ``None`` if there is none or it cannot load here."""
     from steelyard.lab.recipe import load_recipe
 
-    if all(system.name != result["recipe"] for system in catalog.SYSTEMS):
+    if result["recipe"] not in catalog.names():
         return None
     try:
         return load_recipe(result["recipe"])

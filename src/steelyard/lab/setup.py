@@ -14,7 +14,18 @@ from steelyard.lab.recipe import Recipe
 from steelyard.lab.storage import FORMAT, DamagedError, LabError, read_sealed, write_sealed
 
 # Packages that can change a number.
-_PACKAGES = ("torch", "numpy", "scipy", "gymnasium", "mujoco", "ale-py", "stable-baselines3")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "gymnasium",
+    "mujoco",
+    "ale-py",
+    "stable-baselines3",
+    "transformers",
+    "trl",
+    "scikit-learn",
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ def new_setup(
     workers = min(cores(), seeds) if workers is None else workers
     check_range("workers", workers, at_least=1)
     chosen = recipe.form(form).config
+    share = max(1, cores() // workers)
     if isinstance(config, dict):
         chosen = recipe.config_from(recipe.config_to(chosen) | config)
     elif config is not None:
@@ -128,7 +140,7 @@ def new_setup(
         config=recipe.config_to(chosen),
         seeds=tuple(range(seeds)),
         workers=workers,
-        threads=max(1, cores() // workers),
+        threads=min(share, recipe.form(form).threads or share),
         checkpoint_seconds=checkpoint_seconds,
         tensorboard=tensorboard,
         versions=installed_versions(),

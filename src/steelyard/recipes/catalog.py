@@ -6,7 +6,7 @@ The status is read from the source tree, never written by hand.
 
 import ast
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,9 @@ from typing import Literal
 Status = Literal["recipe ready", "method ready, experiment to come", "planned"]
 FORMS = ("quick", "full")
 STATUSES: tuple[Status, ...] = ("recipe ready", "method ready, experiment to come", "planned")
+
+OTHER_RECIPES = {"gbpo": "bpo"}
+"""Further recipes, and the system that each belongs to."""
 
 _SOURCE = Path(__file__).parents[1]
 
@@ -47,7 +50,7 @@ class System:
 
 
 def find(name: str) -> System:
-    """Return the system called ``name``.
+    """Return the system called ``name``, or the one of which ``name`` is another recipe.
 
     Raises:
         ValueError: no such system; suggests the nearest name.
@@ -63,9 +66,16 @@ def find(name: str) -> System:
     for system in SYSTEMS:
         if system.name == name:
             return system
-    near = difflib.get_close_matches(name.lower(), [system.name for system in SYSTEMS], n=1)
+    if name in OTHER_RECIPES:
+        return replace(find(OTHER_RECIPES[name]), name=name)
+    near = difflib.get_close_matches(name.lower(), names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no system is called {name!r}{hint} `steelyard list` shows all of them")
+
+
+def names() -> list[str]:
+    """Return every name that :func:`find` knows."""
+    return [*(system.name for system in SYSTEMS), *OTHER_RECIPES]
 
 
 def status(system: System, *, source: Path = _SOURCE) -> Status:
