@@ -8,7 +8,7 @@ import says in one line what to install.
 import importlib
 from types import ModuleType
 
-_ADAPTERS = ("atari", "mujoco", "stable_baselines3", "transformers")
+_ADAPTERS = ("atari", "flower", "mujoco", "stable_baselines3", "transformers", "trl", "verl")
 
 __all__ = [*_ADAPTERS]  # noqa: PLE0604, the names come from one list
 
