@@ -1,4 +1,6 @@
-"""Classification: losses for a metric, for doubtful labels, against an adversary."""
+"""Classification: losses for a metric, for doubtful labels, against an adversary; rare classes."""
+
+from typing import TYPE_CHECKING, Any
 
 from steelyard.classification.adaptive_label_robust import (
     ALDRState,
@@ -54,6 +56,16 @@ from steelyard.classification.label_robust import (
     ldr_weights,
     normalize_logits,
 )
+from steelyard.classification.ordinal import (
+    PrestoPath,
+    lambda_max,
+    presto_path,
+    presto_penalty,
+    proportional_odds_nll,
+)
+
+if TYPE_CHECKING:
+    from steelyard.classification.presto import PrestoClassifier, PrestoClassifierCV
 
 __all__ = [
     "ACCURACY",
@@ -72,6 +84,9 @@ __all__ = [
     "CountedAttack",
     "DoublyRobustStep",
     "Metric",
+    "PrestoClassifier",
+    "PrestoClassifierCV",
+    "PrestoPath",
     "ScgdTracker",
     "SoftConfusion",
     "aldr_loss",
@@ -85,6 +100,7 @@ __all__ = [
     "gairat_weights",
     "kl_dro_value",
     "kl_dro_weights",
+    "lambda_max",
     "ldr_loss",
     "ldr_weights",
     "log_barrier_attack",
@@ -93,7 +109,23 @@ __all__ = [
     "multiclass_anyloss",
     "normalize_logits",
     "pgd_attack",
+    "presto_path",
+    "presto_penalty",
+    "proportional_odds_nll",
     "soft_confusion",
     "tail_robust_accuracy",
     "trades_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn is optional: its estimators are loaded when asked for
+    if name in ("PrestoClassifier", "PrestoClassifierCV"):
+        from steelyard.classification import presto
+
+        return getattr(presto, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
