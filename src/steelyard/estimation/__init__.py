@@ -1,7 +1,8 @@
 """Estimation: mixtures and their regret, inductive bias, optimal designs, bottlenecks.
 
 Universality of Bayesian mixtures, the information it takes to generalise, weighted least squares
-from determinantal points, and the Cauchy-Schwarz information bottleneck.
+from determinantal points, the Cauchy-Schwarz information bottleneck, and whether a sample is large
+enough for an exponential family.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,30 @@ from steelyard.estimation.determinantal import (
     sample_volume,
     volume_logprob,
 )
+from steelyard.estimation.exponential_family import (
+    ExponentialFamily,
+    binary_state_probs,
+    pairwise_binary_family,
+)
+from steelyard.estimation.gaussian_graphical import GaussianGraphicalFamily
 from steelyard.estimation.inductive_bias import (
     EmpiricalInductiveBias,
     Satterthwaite,
     empirical_inductive_bias,
     inductive_bias,
     satterthwaite,
+)
+from steelyard.estimation.information_projection import (
+    PNResult,
+    Projection,
+    RiskExpansion,
+    bayes_error_risk,
+    information_projection,
+    minimum_sample_size,
+    pn_criterion,
+    risk_expansion,
+    risk_from_cumulants,
+    tic_penalty,
 )
 from steelyard.estimation.kernel_hypotheses import (
     ErrorMoments,
@@ -68,7 +87,12 @@ __all__ = [
     "Christoffel",
     "EmpiricalInductiveBias",
     "ErrorMoments",
+    "ExponentialFamily",
+    "GaussianGraphicalFamily",
     "KernelHypothesisSpace",
+    "PNResult",
+    "Projection",
+    "RiskExpansion",
     "Satterthwaite",
     "ScaledNCX2",
     "WeightedFit",
@@ -76,8 +100,10 @@ __all__ = [
     "WeightedSample",
     "ball_bound",
     "batch_regret",
+    "bayes_error_risk",
     "bernoulli_regret",
     "bernoulli_weight",
+    "binary_state_probs",
     "chernoff_rate",
     "christoffel",
     "cs_ib_loss",
@@ -89,18 +115,25 @@ __all__ = [
     "gaussian_weight",
     "hypothesis_weight",
     "inductive_bias",
+    "information_projection",
     "kernel_hypothesis_space",
     "linear_regression_regret",
+    "minimum_sample_size",
     "online_regret",
     "orthonormal_basis",
+    "pairwise_binary_family",
+    "pn_criterion",
     "projection_dpp_logprob",
     "required_samples",
+    "risk_expansion",
+    "risk_from_cumulants",
     "sample_optimal_iid",
     "sample_projection_dpp",
     "sample_volume",
     "satterthwaite",
     "scaled_ncx2_fit",
     "soft_bound",
+    "tic_penalty",
     "volume_logprob",
     "weighted_least_squares",
 ]
