@@ -46,6 +46,7 @@ from steelyard.lab.rlvr import (
 )
 from steelyard.lab.tasks import Task, modular_arithmetic, reasoning_gym_task, sorting
 from steelyard.lab.tiny_lm import encode_rows, sample
+from steelyard.lab.trees import leaves, random_tree, tree_model
 from steelyard.policy import divergence_weights, group_relative_advantages, grpo_loss
 from steelyard.tokens import (
     CachedNextToken,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, Callable[[], Task]] = {
     "sort": partial(sorting, 7),
-    "modular": partial(modular_arithmetic, 7, 3),
+    "modular": partial(modular_arithmetic, 5, 3, scratch=1.0, right=0.5),
     "gym": partial(
         reasoning_gym_task,
         "number_sorting",
@@ -81,8 +82,10 @@ TASKS: dict[str, Callable[[], Task]] = {
         max_value=9,
     ),
 }
+LONGER = {"sort": 1, "modular": 3, "gym": 2}  # harder to learn: training of the base, in multiples
 PARTS = ("exact", *TASKS, "weights", "smollm2")
 THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
+DEPTH, WIDTH = 4, 3  # of the exact part's trees
 HEADLINE = 0.1  # nats: the paper's mark of a high divergence
 
 
@@ -100,7 +103,7 @@ class Config:
     """Answers to a prompt."""
     learning_rate: float = 3e-4
     base_steps: int = 600
-    """Training steps of the base model on demonstrations."""
+    """Training steps of the base model on demonstrations of sort; others take a multiple."""
     questions: int = 1000
     """Prompts of every comparison."""
     smollm2_steps: int = 20
@@ -231,8 +234,8 @@ def run_exact(config: Config, lab: Lab) -> dict[str, float]:
         generator = torch.Generator().manual_seed(lab.seed)
         draws, errors = 4000, []
         for _ in range(5):
-            base, rl = random_tree(generator), random_tree(generator)
-            wins = {p for p in leaves() if torch.rand((), generator=generator) < 0.3}
+            base, rl = (random_tree(DEPTH, WIDTH, generator) for _ in range(2))
+            wins = {p for p in leaves(base) if torch.rand((), generator=generator) < 0.3}
             for threshold in (-1.0, 0.05, 0.2, 1.0):
                 truth = exact_cross_sampling(
                     base, rl, wins.__contains__, js_threshold=threshold
@@ -253,41 +256,6 @@ def run_exact(config: Config, lab: Lab) -> dict[str, float]:
     return _prefixed("exact", lab.compute("exact", study))
 
 
-DEPTH, WIDTH = 4, 3
-
-
-def prefixes() -> list[tuple[int, ...]]:
-    """All incomplete responses."""
-    found: list[tuple[int, ...]] = [()]
-    for prefix in found:
-        if len(prefix) < DEPTH - 1:
-            found.extend((*prefix, token) for token in range(WIDTH))
-    return found
-
-
-def leaves() -> list[tuple[int, ...]]:
-    """All complete responses."""
-    last = [prefix for prefix in prefixes() if len(prefix) == DEPTH - 1]
-    return [(*prefix, token) for prefix in last for token in range(WIDTH)]
-
-
-def random_tree(generator: torch.Generator) -> dict[tuple[int, ...], Tensor]:
-    """Draw a law of the next token for every prefix."""
-    return {
-        prefix: torch.randn(WIDTH, generator=generator, dtype=torch.float64).softmax(0)
-        for prefix in prefixes()
-    }
-
-
-def tree_model(tree: dict[tuple[int, ...], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Turn a tree into a model of token ids; the first id is the prompt."""
-
-    def logits(ids: Tensor) -> Tensor:
-        return torch.stack([tree[tuple(row[1:])].log() for row in ids.tolist()])
-
-    return logits
-
-
 # ---- 2. A task: base, RL, supervised, and their mixtures -------------------------------------
 
 
@@ -306,7 +274,8 @@ def run_task(config: Config, lab: Lab, name: str) -> dict[str, float]:
     """Train the models of a task and compare them."""
 
     def study() -> dict[str, float]:
-        models, metrics = train_models(config, TASKS[name](), lab.seed)
+        steps = config.base_steps * LONGER[name]
+        models, metrics = train_models(config, TASKS[name](), steps, lab.seed)
         generator = torch.Generator().manual_seed(lab.seed + 1)
         for kind, changed in (("rl", models.rl), ("sft", models.sft)):
             metrics |= _prefixed(kind, shift_metrics(models, changed, generator))
@@ -332,11 +301,11 @@ def dr_grpo(rollouts: Rollouts) -> Update:
     return Update(loss)
 
 
-def train_models(config: Config, task: Task, seed: int) -> tuple[Models, dict[str, float]]:
+def train_models(
+    config: Config, task: Task, base_steps: int, seed: int
+) -> tuple[Models, dict[str, float]]:
     """Base model from mixed demonstrations, RL from its own answers, SFT from right ones."""
-    base, tokenizer = base_model(
-        task, seed=seed, steps=config.base_steps, hidden_size=48, num_heads=4
-    )
+    base, tokenizer = base_model(task, seed=seed, steps=base_steps, hidden_size=48, num_heads=4)
     generator = torch.Generator().manual_seed(seed + 2000)
     rows = equal_prompts(task.sample(2 * config.questions, generator), tokenizer)
     rows = rows[: config.questions]
@@ -446,15 +415,12 @@ def mix(
 def run_weights(config: Config, lab: Lab) -> dict[str, float]:
     """Boost tokens that have moved much, or little, with four epochs a batch; claim nothing."""
     task = TASKS["modular"]()
+    steps = config.base_steps * LONGER["modular"]
     base: list[Any] = []
 
     def make(scale: float) -> RLVRLearner:
         if not base:
-            base.extend(
-                base_model(
-                    task, seed=lab.seed, steps=config.base_steps, hidden_size=48, num_heads=4
-                )
-            )
+            base.extend(base_model(task, seed=lab.seed, steps=steps, hidden_size=48, num_heads=4))
         settings = RLVRSettings(
             prompts=config.groups,
             samples=config.samples,
