@@ -14,6 +14,8 @@ _PACKAGES = (
     "fused",
     "policy",
     "distillation",
+    "preference",
+    "tabular",
     "tokens",
     "diffusion",
     "classification",

@@ -24,10 +24,23 @@ EXTRAS: dict[str, Extra] = {
         "reinforcement learning on MuJoCo and Atari, the recipe bpo, the stable-baselines3 adapter",
     ),
     "lm": Extra(
-        ("transformers",),
-        "Hugging Face language models in token analysis and masked-diffusion sampling",
+        ("transformers", "accelerate", "gguf"),
+        "Hugging Face language models: token analysis, masked-diffusion sampling, the tiny model "
+        "of the lab, SmolLM2 from its package",
     ),
-    "tabular": Extra(("sklearn",), "estimators in the manner of scikit-learn"),
+    "reasoning": Extra(("reasoning_gym",), "tasks of reasoning-gym with their verifiers"),
+    "trl": Extra(
+        ("trl", "accelerate", "peft", "datasets"),
+        "our objectives in TRL's trainers of language models, with LoRA and on several processes",
+    ),
+    "verl": Extra(("verl",), "our objectives in verl, by name"),
+    "federated": Extra(
+        ("flwr", "ray"), "the Flower strategy FedAU, with simulated clients in Ray processes"
+    ),
+    "tabular": Extra(
+        ("sklearn", "xgboost", "duckdb"),
+        "estimators in the manner of scikit-learn, stump bins, tables larger than memory",
+    ),
     "metrics": Extra(("torchmetrics",), "metrics as torchmetrics objects, for use in trainers"),
 }
 

@@ -221,7 +221,7 @@ def train_and_compare(
     Args:
         name_or_path: for :func:`~steelyard.lab.pretrained.load_language_model`.
         task: prompts and reward.
-        steps: updates, of 4 prompts with 8 answers each.
+        steps: updates, of 2 prompts with 8 answers each.
         seed: of everything.
         heat_map: as in :func:`compare_models`.
         questions: prompts of the comparison.
@@ -236,21 +236,21 @@ def train_and_compare(
     model, tokenizer = load_language_model(name_or_path)
     base = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    rows = task.sample(4 * steps + questions, generator)
+    rows = task.sample(2 * steps + questions, generator)
     chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
             processing_class=tokenizer,
             reward_funcs=task.reward,
-            train_dataset=datasets.Dataset.from_list(chats[: 4 * steps]),
+            train_dataset=datasets.Dataset.from_list(chats[: 2 * steps]),
             args=trl.GRPOConfig(
                 output_dir=folder,
                 max_steps=steps,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=16,
                 num_generations=8,
                 max_completion_length=task.max_new_tokens,
-                learning_rate=1e-4,
+                learning_rate=3e-4,
                 seed=seed,
                 report_to="none",
                 logging_steps=1,
@@ -269,7 +269,7 @@ def train_and_compare(
         base,
         trained,
         tokenizer,
-        [chat["prompt"] for chat in chats[4 * steps :]],
+        [chat["prompt"] for chat in chats[2 * steps :]],
         max_new_tokens=task.max_new_tokens,
         seed=seed,
         heat_map=heat_map,

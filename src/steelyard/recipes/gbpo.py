@@ -66,7 +66,7 @@ class Config:
     """Answers to a prompt."""
     grpo_rates: tuple[float, ...] = (2e-4, 2e-4, 1e-4)
     """Learning rate of GRPO for each number of epochs, from part search."""
-    gbpo_rates: tuple[float, ...] = (5e-4, 2e-4, 1e-4)
+    gbpo_rates: tuple[float, ...] = (5e-4, 2e-4, 5e-5)
     """Learning rate of GBPO for each number of epochs, from part search."""
     base_steps: int = 600
     """Training steps of the base model on demonstrations."""
@@ -93,7 +93,7 @@ class Config:
 
 
 QUICK = Form(Config(), seeds=3, minutes=5, threads=1)
-FULL = Form(Config(bands=(0.2, 0.3), steps=40), seeds=10, minutes=40, threads=1)
+FULL = Form(Config(bands=(0.2, 0.3), steps=40), seeds=5, minutes=25, threads=1)
 CURVES = ("reward", "approx_kl", "out_of_band")
 UNITS = {
     "step": "batches",

