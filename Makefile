@@ -48,9 +48,11 @@ bench: $(BIN)/.dev  ## Measure speed beside the peers (about an hour)
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/fused.py --out benchmarks/results/fused.json
 	$(BIN)/python benchmarks/divergences.py --out benchmarks/results/divergences.json
+	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/rlvr.py
 
 results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
-	$(BIN)/steelyard run bpo --full
+	for name in bpo gbpo token-shift adora canon; do $(BIN)/steelyard run $$name --full; done
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

@@ -142,9 +142,10 @@ def contest(task: str, vocabulary: int) -> Contest:
 def summary(rows: list[Row]) -> list[Row]:
     """Each target at each vocabulary, for the update, against both peers."""
     judged = []
-    for vocabulary in sorted({row["vocabulary"] for row in rows}):
+    for vocabulary in sorted({row["size"]["vocabulary"] for row in rows}):
         for task in ("update", "step"):
-            case = [r for r in rows if (r["vocabulary"], r["task"]) == (vocabulary, task)]
+            size = {"vocabulary": vocabulary}
+            case = [row for row in rows if (row["size"], row["task"]) == (size, task)]
             ours = next(row for row in case if row["name"] == OURS)
             for peer in (row for row in case if row["name"] != OURS):
                 for figure, most in TARGETS:
@@ -156,7 +157,7 @@ def summary(rows: list[Row]) -> list[Row]:
                         else ours["peak_extra_mib"] / max(peer["peak_extra_mib"], 0.1)
                     )
                     judged.append(
-                        {"task": task, "vocabulary": vocabulary, "peer": peer["name"]}
+                        {"task": task, "size": size, "peer": peer["name"]}
                         | {"figure": figure, "target": most, "value": value, "met": value <= most}
                     )
     return judged
@@ -184,7 +185,9 @@ def main() -> None:
             for row in in_a_process(__file__, task, vocabulary, 1 if given.quick else ROUNDS):
                 tokens = SIZE["completions"] * SIZE["tokens"] / row["cpu_seconds"]
                 rows.append(
-                    {"task": task, "vocabulary": vocabulary} | row | {"tokens_per_second": tokens}
+                    {"task": task, "size": {"vocabulary": vocabulary}}
+                    | row
+                    | {"tokens_per_second": tokens}
                 )
                 print(
                     f"{task:7}{vocabulary:>8} {row['name']:12}{row['cpu_seconds']:8.3f} s"
@@ -193,17 +196,17 @@ def main() -> None:
     judged = summary(rows)
     for line in judged:
         print(
-            f"{'met   ' if line['met'] else 'MISSED'} {line['task']} V={line['vocabulary']} "
-            f"{line['figure']} against {line['peer']}: {line['value']:.3f}, "
-            f"target {line['target']}"
+            f"{'met   ' if line['met'] else 'MISSED'} {line['task']} "
+            f"V={line['size']['vocabulary']} {line['figure']} against {line['peer']}: "
+            f"{line['value']:.3f}, target {line['target']}"
         )
     if not given.quick:
         result = setting(PACKAGES) | {
             "date": datetime.now(UTC).date().isoformat(),
             "size": SIZE,
-            "rounds": ROUNDS,
-            "wall_seconds": time.monotonic() - began,
-            "rows": rows,
+            "settings": {"rounds": ROUNDS, "threads": 1},
+            "wall_seconds": {"all": time.monotonic() - began},
+            "results": rows,
             "targets": judged,
         }
         given.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,10 +16,11 @@ def root() -> Path:
 
 
 @pytest.fixture
-def script() -> Callable[[str], ModuleType]:
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import a script of docs/, which is no package."""
 
     def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(ROOT / "docs")  # they import each other
         spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/{name}.py")
         assert spec is not None
         assert spec.loader is not None

@@ -113,7 +113,7 @@ def test_a_page_without_its_markers_is_an_error(script: Script, tmp_path: Path) 
     page = tmp_path / "page.md"
     page.write_text("<!-- results:start -->")
     with pytest.raises(ValueError, match=r"page\.md must hold <!-- results:start -->"):
-        script("generate")._filled(page, "results", "text")
+        script("page_parts").filled(page, {"results": "text"})
 
 
 def test_no_committed_result_is_said_plainly(script: Script, tmp_path: Path) -> None:
