@@ -85,7 +85,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 LONGER = {"sort": 1, "modular": 3, "gym": 2}  # harder to learn: all training, in multiples
 PARTS = ("exact", *TASKS, "weights", "smollm2")
 THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
-SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+SUMS: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 DEPTH, WIDTH = 4, 3  # of the exact part's trees
 HEADLINE = 0.1  # nats: the paper's mark of a high divergence
 
