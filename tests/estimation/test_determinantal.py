@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from steelyard.estimation import (
+    _projection_sampler,
     christoffel,
     dpp_conditional,
     orthonormal_basis,
@@ -21,7 +22,6 @@ from steelyard.estimation import (
     volume_logprob,
     weighted_least_squares,
 )
-from steelyard.estimation.determinantal import _projection_dpp
 
 quick = settings(deadline=None, max_examples=20)
 seeds = st.integers(0, 2**31)
@@ -240,10 +240,13 @@ def counts_of(draws, n):
     return torch.bincount(place, minlength=POINTS**n).double()
 
 
-@pytest.mark.parametrize("m", [1, 2, 3])
-def test_projection_sampler_follows_the_law_of_ordered_tuples(m):
+@pytest.mark.parametrize(("m", "tries"), [(1, None), (2, None), (3, None), (3, 1), (3, 4)])
+def test_projection_sampler_follows_the_law_of_ordered_tuples(m, tries, monkeypatch):
+    if tries is not None:  # so few that points run out and new ones are drawn
+        monkeypatch.setattr(_projection_sampler, "_tries", lambda m: tries)
     basis, measure, _ = problem(m, m)
-    draws = _projection_dpp(basis, measure, 20_000, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    draws = _projection_sampler.projection_sets(basis, measure, 20_000, generator)
     probs = projection_dpp_logprob(basis, measure, tuples(m)).exp()
     assert_law(counts_of(draws, m), probs)
 

@@ -52,12 +52,18 @@ def label_gaps(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
     return logits - own + margin * others.to(logits.dtype)
 
 
-def checked_gaps(logits: Tensor, labels: Tensor, margin: float, mask: Tensor | None) -> Tensor:
-    """Check the inputs; return the gaps ``[B, K]`` in the dtype of sums, of 0 logits if masked."""
+def checked_values(
+    logits: Tensor, labels: Tensor, margin: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Check the inputs; return logits in the dtype of sums, 0 if masked, and labels as int64."""
     check_logits("logits", logits)
     check_range("margin", margin, at_least=0.0)
     check_mask(mask, logits[:, 0])
     index = class_labels(labels, logits, mask)
     row_mask = None if mask is None else (mask != 0).unsqueeze(1)
-    values = fill_masked(logits.to(accumulation_dtype(logits.dtype)), row_mask)
-    return label_gaps(values, index, margin)
+    return fill_masked(logits.to(accumulation_dtype(logits.dtype)), row_mask), index
+
+
+def checked_gaps(logits: Tensor, labels: Tensor, margin: float, mask: Tensor | None) -> Tensor:
+    """Check the inputs; return the gaps ``[B, K]`` in the dtype of sums, of 0 logits if masked."""
+    return label_gaps(*checked_values(logits, labels, margin, mask), margin)

@@ -19,6 +19,7 @@ Consistency, Robustness and Adaptivity, arXiv:2112.14869.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,7 +28,13 @@ from torch.nn import functional
 
 from steelyard._checks import check_choice, check_count, check_range
 from steelyard._reduce import Reduction, accumulation_dtype, reduce_masked
-from steelyard.classification._labels import check_logits, checked_gaps
+from steelyard.classification._capped import CappedMaximum, can_cap_quickly
+from steelyard.classification._labels import (
+    check_logits,
+    checked_gaps,
+    checked_values,
+    label_gaps,
+)
 from steelyard.classification._tempered import (
     check_temperature,
     limit,
@@ -56,7 +63,7 @@ def ldr_loss(
 
     For ``top_k = 1`` this is :math:`\lambda \log \frac1K \sum_j e^{\delta_j/\lambda}`, without a
     margin :math:`\lambda\,(\mathrm{CE}(f/\lambda, y) - \log K)`. Larger k caps the weights; the
-    capped optimum is found exactly by one sort. The gradient in the logits is
+    capped optimum is found exactly from the k largest gaps. The gradient in the logits is
     :math:`p - \mathrm{onehot}(y)`. The value may be negative and is not clamped.
 
     ========================== ================= ========= ==========
@@ -96,9 +103,14 @@ def ldr_loss(
 
     Source: Zhu et al. (2023), Sec. 4, arXiv:2112.14869; the solution for ``top_k > 1`` is derived.
     """
-    gaps = checked_gaps(logits, labels, margin, mask)
-    _check_setting(gaps, temperature, top_k)
-    values = _ldr_values(gaps, temperature, top_k)
+    scores, index = checked_values(logits, labels, margin, mask)
+    _check_setting(scores, temperature, top_k)
+    if _is_capped(scores, temperature, top_k) and can_cap_quickly(scores):
+        plain = partial(_capped_values, temperature=temperature, top_k=top_k)
+        solve = partial(_capped_quickly, temperature=temperature, top_k=top_k)
+        values = CappedMaximum.apply(scores, index, margin, plain, solve)  # type: ignore[no-untyped-call]
+    else:
+        values = _ldr_values(label_gaps(scores, index, margin), temperature, top_k)
     return reduce_masked(values.to(logits.dtype), mask, reduction)
 
 
@@ -194,31 +206,60 @@ def _log_softplus(values: Tensor) -> Tensor:
     return torch.where(low, tail, functional.softplus(values.where(~low, 0.0)).log())
 
 
-def _check_setting(gaps: Tensor, temperature: float, top_k: int) -> None:
+def _check_setting(scores: Tensor, temperature: float, top_k: int) -> None:
     check_temperature("temperature", temperature)
     check_count("top_k", top_k)
-    check_range("top_k", top_k, at_most=gaps.shape[1])
+    check_range("top_k", top_k, at_most=scores.shape[1])
+
+
+def _is_capped(scores: Tensor, temperature: float, top_k: int) -> bool:
+    """Tell whether neither the cap nor the temperature is a limit with a form of its own."""
+    return 1 < top_k < scores.shape[1] and limit(temperature, scores.dtype) is None
 
 
 def _ldr_values(gaps: Tensor, temperature: float, top_k: int) -> Tensor:
     """Maximum over the capped simplex, ``[B]``; its gradient in the gaps is the maximiser."""
-    classes = gaps.shape[1]
-    if top_k == classes:
+    if top_k == gaps.shape[1]:
         return gaps.mean(-1)
     if top_k == 1:
         return soft_maximum(gaps, temperature)
     if limit(temperature, gaps.dtype) is not None:
         return (_ldr_weights(gaps, temperature, top_k) * gaps).sum(-1)
-    ordered = gaps.sort(-1, descending=True).values
-    capped = _capped_count(ordered, temperature, top_k)
-    free = torch.arange(classes, device=gaps.device) >= capped.unsqueeze(-1)
-    fixed = ordered.where(~free, 0.0).sum(-1) / top_k
+    return _capped_values(gaps, temperature, top_k)
+
+
+def _capped_values(gaps: Tensor, temperature: float, top_k: int) -> Tensor:
+    top, order = gaps.topk(top_k, -1)
+    _, capped, _ = _caps(gaps.detach().clone(), top.detach(), order, temperature)
+    is_free = torch.arange(top_k, device=gaps.device) >= capped.unsqueeze(-1)
+    free = torch.ones_like(gaps, dtype=torch.bool).scatter(-1, order, is_free)
+    rest, constant = _shares(gaps, capped, temperature, top_k)
+    fixed = top.where(~is_free, 0.0).sum(-1) / top_k
+    return fixed + rest * soft_maximum(gaps, temperature, free) - constant
+
+
+def _capped_quickly(gaps: Tensor, temperature: float, top_k: int) -> tuple[Tensor | None, Tensor]:
+    """Value, ``None`` where it needs more care, and weights, which overwrite the gaps."""
+    top, order = gaps.topk(top_k, -1)
+    ratios, capped, totals = _caps(gaps, top, order, temperature)
+    weights = _spread(ratios, top, order, capped, totals, temperature)
+    mean = totals / (gaps.shape[1] - capped)
+    if not bool((mean < 0.5).all()):  # its logarithm would lose digits; NaN, too
+        return None, weights
+    rest, constant = _shares(gaps, capped, temperature, top_k)
+    is_free = torch.arange(top_k, device=gaps.device) >= capped.unsqueeze(-1)
+    fixed = top.where(~is_free, 0.0).sum(-1) / top_k
+    first = top.gather(-1, capped.unsqueeze(-1)).squeeze(-1)
+    return fixed + rest * (first + temperature * mean.log()) - constant, weights
+
+
+def _shares(gaps: Tensor, capped: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weight of all that is not capped, and what the KL of that split costs."""
+    classes = gaps.shape[1]
     rest = 1 - capped.to(gaps.dtype) / top_k
     # KL of p to uniform = KL of the capped and the free share, plus that within the free ones.
-    shares = (rest * (classes * rest / (classes - capped)).log()) + (1 - rest) * math.log(
-        classes / top_k
-    )
-    return fixed + rest * soft_maximum(ordered, temperature, free) - temperature * shares
+    split = rest * (classes * rest / (classes - capped)).log()
+    return rest, temperature * (split + (1 - rest) * math.log(classes / top_k))
 
 
 def _ldr_weights(gaps: Tensor, temperature: float, top_k: int) -> Tensor:
@@ -234,28 +275,57 @@ def _ldr_weights(gaps: Tensor, temperature: float, top_k: int) -> Tensor:
         above, tied = gaps > last, gaps == last
         left = (top_k - above.sum(-1, keepdim=True)) / tied.sum(-1, keepdim=True)
         return (above + tied * left).to(gaps.dtype) / top_k
-    ordered, order = gaps.sort(-1, descending=True)
-    capped = _capped_count(ordered, temperature, top_k).unsqueeze(-1)
-    free = torch.arange(gaps.shape[1], device=gaps.device) >= capped
-    shares = (1 - capped.to(gaps.dtype) / top_k) * soft_weights(ordered, temperature, free)
-    weights = shares.clamp(max=1 / top_k).where(free, 1 / top_k)
-    return torch.empty_like(gaps).scatter(-1, order, weights)
+    top, order = gaps.topk(top_k, -1)
+    ratios, capped, totals = _caps(gaps.clone(), top, order, temperature)
+    return _spread(ratios, top, order, capped, totals, temperature)
 
 
-def _capped_count(ordered: Tensor, temperature: float, top_k: int) -> Tensor:
+def _caps(
+    gaps: Tensor, top: Tensor, order: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """How many of the largest gaps have weight ``1/k``: the least number that leaves no excess.
 
     With the first ``m`` capped, the next one gets ``(1 - m/k)`` times its share ``1 / w_m`` of the
     softmax over those that are left. ``w_m = 1 + exp((d_(m+1) - d_m) / T) w_(m+1)`` is built from
     its end: differences of neighbours keep the digits that a common reference would lose.
+
+    Args:
+        gaps: ``[B, K]``, overwritten.
+        top: the k largest, descending.
+        order: their places.
+        temperature: positive and finite.
+
+    Returns:
+        ``exp((d - d_k) / T)``, 0 at the k largest but the last; the number ``m``, ``[B]``; ``w_m``.
     """
-    ordered = ordered.detach()
-    last = ordered[:, top_k - 1 :]
-    shares = [((last - last[:, :1]) / temperature).exp().sum(-1)]
-    falls = (ordered[:, 1:top_k] - ordered[:, : top_k - 1]) / temperature
+    top_k = top.shape[1]
+    nothing = torch.full_like(top[:, :-1], -torch.inf)
+    ratios = gaps.sub_(top[:, -1:]).div_(temperature).scatter_(-1, order[:, :-1], nothing).exp_()
+    totals = [ratios.sum(-1)]
+    falls = (top[:, 1:] - top[:, :-1]) / temperature
     for ratio in falls.exp().flip(-1).unbind(-1):
-        shares.append(1 + ratio * shares[-1])
-    left = torch.arange(1, top_k + 1, device=ordered.device)
-    fits = torch.stack(shares, -1) >= left
+        totals.append(1 + ratio * totals[-1])
+    left = torch.arange(1, top_k + 1, device=top.device)
+    every = torch.stack(totals, -1)
     # Seen from the end, the farthest that fits; the end itself does, even if it is NaN.
-    return top_k - 1 - (fits * (left - 1)).amax(-1)
+    farthest = ((every >= left) * (left - 1)).amax(-1)
+    return ratios, top_k - 1 - farthest, every.gather(-1, farthest.unsqueeze(-1)).squeeze(-1)
+
+
+def _spread(
+    ratios: Tensor,
+    top: Tensor,
+    order: Tensor,
+    capped: Tensor,
+    totals: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Weights from what :func:`_caps` returns; overwrites ``ratios``."""
+    top_k = top.shape[1]
+    share = ((1 - capped.to(top.dtype) / top_k) / totals).unsqueeze(-1)
+    first = top.gather(-1, capped.unsqueeze(-1))
+    largest = share * ((top - first).clamp(max=0) / temperature).exp()
+    is_free = torch.arange(top_k, device=top.device) >= capped.unsqueeze(-1)
+    largest = largest.clamp(max=1 / top_k).where(is_free, 1 / top_k)
+    fall = ((top[:, -1:] - first) / temperature).exp()
+    return ratios.mul_(share * fall).scatter_(-1, order, largest)

@@ -40,6 +40,7 @@ MaskedModel = Callable[[Tensor], Tensor]
 Future = Literal["mean", "sum"]
 Candidate = tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]
 
+_CACHED = 2**17  # logits: what is made of so many stays in cache
 _MOST_ENUMERATED = 16
 """Positions of the longest sequence whose 2^L masks are enumerated."""
 _ROWS = 4096
@@ -127,9 +128,15 @@ def remaining_entropy(logits: Tensor, masked: Tensor, future: Future) -> Tensor:
         masked: ``[B, L]`` boolean.
         future: ``"mean"`` or ``"sum"``.
     """
-    # Only masked positions are looked at: most of a long prompt's logits are never touched.
+    # Only masked positions are looked at: most of a long prompt's logits are never touched. On a
+    # CPU a few states at a time, so that what is between logits and entropies stays in cache.
     entropies = logits.new_zeros(masked.shape)
-    entropies[masked] = entropies_of(logits[masked])
+    on_host = logits.device.type == "cpu"
+    size = max(1, _CACHED // logits[0].numel()) if on_host else len(logits)
+    for start in range(0, len(logits), size):
+        some = slice(start, start + size)
+        here = masked[some]
+        entropies[some][here] = entropies_of(logits[some][here])
     total = entropies.sum(-1)
     return total / masked.sum(-1).clamp(min=1) if future == "mean" else total
 
@@ -227,8 +234,9 @@ def _action(index: int, candidate: Candidate, tokens: Tensor) -> tuple[Tensor, T
         )
     check_integer_dtype(**{f"{name} positions": positions})
     check_integer_dtype(**{f"{name} tokens": values})
-    inside = bool(((positions >= 0) & (positions < len(tokens))).all())
-    if not inside or len(torch.unique(positions)) < len(positions):
+    places = positions.tolist()
+    inside = all(0 <= place < len(tokens) for place in places)
+    if not inside or len(set(places)) < len(places):
         raise ValueError(f"{name} must have distinct positions in 0 .. {len(tokens) - 1}")
     return positions.long(), values.to(tokens.dtype)
 

@@ -71,21 +71,25 @@ def hypervolume(points: Tensor, reference: Tensor) -> Tensor:
     check_shape("points", points, (None, None))
     check_not_empty("points", points)
     check_shape("reference", reference, (points.shape[1],))
-    limit = reference.detach().cpu().double().numpy()
-    values = points.detach().cpu().double().numpy()
-    if np.isnan(values).any():
-        raise ValueError("points must not contain NaN")
-    if not np.isfinite(limit).all():
+    limit, values = (x.detach().to("cpu", torch.float64).numpy() for x in (reference, points))
+    if not all(map(math.isfinite, limit.tolist())):
         raise ValueError(f"reference must be finite, got {limit.tolist()}")
-    values = values[(values < limit).all(axis=1)]
-    volume = math.inf if np.isinf(values).any() else _volume(values, limit)
+    if not math.isfinite(values.sum()):  # NaN, infinity or an overflow
+        if np.isnan(values).any():
+            raise ValueError("points must not contain NaN")
+        values = values[(values < limit).all(axis=1)]
+        if np.isinf(values).any():
+            return torch.full((), torch.inf, dtype=points.dtype, device=points.device)
+    volume = _volume(values, limit)
     return torch.tensor(volume, dtype=points.dtype, device=points.device)
 
 
 def _volume(points: Floats, reference: Floats) -> float:
-    """Dispatch on the number of objectives; every point is finite and below the reference."""
+    """Dispatch on the number of objectives; every point is finite."""
     if len(points) > 0 and points.shape[1] >= 3 and _has_moocore():
+        # It leaves out by itself what is not below the reference.
         return float(importlib.import_module("moocore").hypervolume(points, ref=reference))
+    points = points[(points < reference).all(axis=1)]
     return _volume_of_any_dimension(points, reference)
 
 

@@ -2,13 +2,15 @@ r"""How differently the classes fare at one common threshold: utilities and OPIS
 
 A match is accepted when the distance of two unit vectors is at most ``d``. Each class has its own
 rates there, and OPIS is the variance of their utilities over the classes, averaged over a range of
-thresholds. Classes are walked one at a time, on purpose: memory is that of one class against all.
+thresholds. Classes are walked a few at a time, on purpose: memory is that of a block against all,
+and of the distances in the range.
 Nothing here carries a gradient.
 
 Source: Zhang et al. (2024), Sec. 3, arXiv:2307.04047.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,7 +29,11 @@ from steelyard.metric_learning._unit_rows import unit_rows
 __all__ = ["OPIS", "OperatingPoints", "operating_point_utility", "opis"]
 
 _BINS = 2**14  # of the distance, to find two order statistics without sorting all pairs
-_BLOCK_ELEMENTS = 2**22
+_BLOCK_ELEMENTS = 2**18  # distances at once: they stay in cache
+_ROWS = 64  # so many at least in a product: thinner ones are slow
+# Below this, 2 - 2 s has lost digits that the differences of unit vectors still have.
+_NEAR = 1e-3
+_ROUNDING = 1e-12
 
 
 class OperatingPoints(NamedTuple):
@@ -49,31 +55,53 @@ class OPIS(NamedTuple):
     """Lowest and highest threshold, 0-d float64 each."""
 
 
+class _Class(NamedTuple):
+    """Squared distances of one class."""
+
+    within: Tensor
+    """Between its items, ``[pairs]``."""
+    across: Tensor
+    """From its items to those of other classes, ``[items, N]``; infinite where none is meant."""
+    across_count: int
+
+
 class _Gallery(NamedTuple):
     """Unit vectors of the classes with two items or more, items of a class side by side."""
 
     unit: Tensor
     bounds: list[int]
 
-    def classes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the sorted distances of each class: within it, and from it to the others."""
-        for low, high in zip(self.bounds, self.bounds[1:], strict=False):
-            mine = self.unit[low:high]
-            within = _distances(mine, mine)
-            row, column = torch.triu_indices(len(mine), len(mine), 1, device=mine.device)
-            others = torch.cat((self.unit[:low], self.unit[high:]))
-            across = _distances(mine, others).flatten()
-            yield within[row, column].sort().values, across.sort().values
+    def classes(self) -> Iterator[_Class]:
+        """Yield the squared distances of each class, made for a few classes at a time."""
+        for bounds in self._groups():
+            start = bounds[0]
+            classes = list(pairwise(bounds))
+            own = [(slice(low - start, high - start), slice(low, high)) for low, high in classes]
+            across = _squared_distances(self.unit[start : bounds[-1]], self.unit, left_out=own)
+            for rows, columns in own:
+                mine = self.unit[columns]
+                row, column = torch.triu_indices(len(mine), len(mine), 1, device=mine.device)
+                within = _squared_distances(mine, mine)[row, column]
+                yield _Class(within, across[rows], len(mine) * (len(self.unit) - len(mine)))
+
+    def _groups(self) -> Iterator[list[int]]:
+        """Yield the bounds of neighbouring classes that have enough rows for a quick product."""
+        group = [0]
+        for high in self.bounds[1:]:
+            group.append(high)
+            if high - group[0] >= _ROWS or high == self.bounds[-1]:
+                yield group
+                group = [high]
 
     def negative_blocks(self) -> Iterator[Tensor]:
         """Yield every distance between two classes once, in blocks of bounded size."""
-        for low, high in zip(self.bounds, self.bounds[1:], strict=False):
+        for low, high in pairwise(self.bounds):
             later = self.unit[high:]
             if len(later):
                 size = max(1, _BLOCK_ELEMENTS // len(later))
                 for start in range(low, high, size):
                     rows = self.unit[start : min(start + size, high)]
-                    yield _distances(rows, later).flatten()
+                    yield _squared_distances(rows, later).sqrt_().flatten()
 
 
 def operating_point_utility(
@@ -122,7 +150,7 @@ def operating_point_utility(
     at = thresholds.detach().to(gallery.unit)
     if bool(at.isnan().any()):
         raise ValueError("thresholds must not contain NaN")
-    rates = [_rates(within, across, at) for within, across in gallery.classes()]
+    rates = [_rates(each, at) for each in gallery.classes()]
     sensitivity = torch.stack([rate[0] for rate in rates], -1)
     specificity = torch.stack([rate[1] for rate in rates], -1)
     values = (_utility(sensitivity, specificity), sensitivity, specificity)
@@ -189,7 +217,7 @@ def opis(
         check_count("grid", grid, at_least=2)
         at = torch.linspace(0, 1, grid, dtype=low.dtype, device=low.device) * (high - low) + low
         at[-1] = high
-        rates = [_rates(within, across, at) for within, across in gallery.classes()]
+        rates = [_rates(each, at) for each in gallery.classes()]
         utilities = torch.stack([_utility(*rate) for rate in rates])
         score, utility = utilities.var(0, correction=0).mean(), utilities.mean()
     dtype = embeddings.dtype
@@ -214,19 +242,46 @@ def _gallery(embeddings: Tensor, labels: Tensor) -> _Gallery:
     return _Gallery(unit[order], bounds)
 
 
-def _distances(left: Tensor, right: Tensor) -> Tensor:
-    # From the differences: sqrt(2 - 2s) loses half the digits of a small distance.
-    mode = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(left, right, compute_mode=mode)
+def _squared_distances(
+    left: Tensor, right: Tensor, *, left_out: Sequence[tuple[slice, slice]] = ()
+) -> Tensor:
+    """From the products of unit vectors, and from differences where that loses digits.
+
+    Rows and columns that are left out are infinite.
+    """
+    squared = torch.addmm(left.new_tensor(2.0), left, right.T, alpha=-2)
+    for block in left_out:
+        squared[block] = torch.inf
+    if squared.numel() and bool(squared.amin() < _NEAR):
+        row, column = (squared < _NEAR).nonzero(as_tuple=True)
+        size = max(1, _BLOCK_ELEMENTS // left.shape[1])
+        for start in range(0, len(row), size):
+            r, c = row[start : start + size], column[start : start + size]
+            squared[r, c] = (left[r] - right[c]).square().sum(1)
+    return squared
 
 
-def _rates(within: Tensor, across: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Sensitivity and specificity from the sorted distances of a class."""
-    accepted = torch.searchsorted(within, at, right=True)
-    wrong = torch.searchsorted(across, at, right=True)
-    sensitivity = accepted.to(at.dtype) / len(within)
-    specificity = (len(across) - wrong).to(at.dtype) / max(1, len(across))
-    return sensitivity, specificity if len(across) else torch.ones_like(sensitivity)
+def _rates(each: _Class, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Sensitivity and specificity of a class at thresholds in any order."""
+    ordered, order = at.sort()
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(at), device=at.device))
+    accepted = _counted(each.within.sqrt(), ordered)[place]
+    wrong = _counted(each.across.sqrt().flatten(), ordered)[place]
+    return _shares(accepted, wrong, each)
+
+
+def _counted(distances: Tensor, at: Tensor) -> Tensor:
+    """How many of the distances are at most each of the ascending thresholds."""
+    first = torch.searchsorted(at, distances)
+    return torch.bincount(first, minlength=len(at) + 1).cumsum(0)[:-1]
+
+
+def _shares(accepted: Tensor, wrong: Tensor, each: _Class) -> tuple[Tensor, Tensor]:
+    """Sensitivity and specificity from the counts of accepted pairs of both kinds."""
+    dtype = each.within.dtype
+    sensitivity = accepted.to(dtype) / len(each.within)
+    specificity = (each.across_count - wrong).to(dtype) / max(1, each.across_count)
+    return sensitivity, specificity if each.across_count else torch.ones_like(sensitivity)
 
 
 def _utility(sensitivity: Tensor, specificity: Tensor) -> Tensor:
@@ -237,27 +292,47 @@ def _utility(sensitivity: Tensor, specificity: Tensor) -> Tensor:
 def _exact_variance(gallery: _Gallery, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over the range of the variance and of the mean of the utilities.
 
-    Each class adds, at each of its distances, the changes of its U and U^2; sorted together and
-    summed up they are the sums over classes between any two distances.
+    The squares are integrated class by class. For the square of the mean each class adds, at each
+    of its distances, the change of its utility; sorted together and summed up they are the sum over
+    classes between any two distances.
     """
-    total = torch.zeros(2, dtype=low.dtype, device=low.device)
-    places, changes = [low[None]], [total[None]]
-    for within, across in gallery.classes():
-        steps = [x[(x > low) & (x < high)] for x in (within, across)]
-        place = torch.cat((low[None], *steps)).sort().values
-        utility = _utility(*_rates(within, across, place))
-        powers = torch.stack((utility, utility.square()), -1)
-        total = total + powers[0]
-        change = powers.diff(dim=0)
+    total, squares, sums = torch.zeros(3, dtype=low.dtype, device=low.device)
+    places, changes = [], []
+    for each in gallery.classes():
+        place, utility = _steps(each, low, high)
+        width = torch.cat((place, high[None])).diff()
+        squares = squares + width @ utility.square()
+        sums = sums + width @ utility
+        total = total + utility[0]
         places.append(place[1:])
-        changes.append(change)
-    place, order = torch.cat(places).sort(stable=True)
-    sums = total + torch.cat(changes)[order].cumsum(0)
-    width = torch.cat((place, high[None])).diff() / (high - low)
-    count = len(gallery.bounds) - 1
-    mean = sums[:, 0] / count
-    variance = (sums[:, 1] / count - mean.square()).clamp(min=0)
-    return (variance * width).sum(), (mean * width).sum()
+        changes.append(utility.diff())
+    count, span = len(places), high - low
+    mean = sums / (count * span)
+    if count == 1:
+        return torch.zeros_like(mean), mean
+    place, order = torch.cat(places).sort()
+    places.clear()
+    change = torch.cat(changes)[order]
+    changes.clear()
+    change = torch.cat((total[None], change)).cumsum_(0).square_()
+    mean_square = torch.cat((low[None], place, high[None])).diff() @ change / (count**2 * span)
+    return (squares / (count * span) - mean_square).clamp(min=0), mean
+
+
+def _steps(each: _Class, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the utility of a class changes, from ``low`` on, and its value from there on."""
+    inside, below = [], []
+    for squared in (each.within, each.across):
+        near = squared[squared < high.square() * (1 + _ROUNDING)].sqrt_()
+        inside.append(near[(near > low) & (near < high)])
+        below.append((near <= low).sum())
+    place, order = torch.cat(inside).sort()
+    is_within = order < len(inside[0])
+    accepted, wrong = (
+        torch.cat((start[None], start + steps.cumsum(0)))
+        for start, steps in zip(below, (is_within, ~is_within), strict=True)
+    )
+    return torch.cat((low[None], place)), _utility(*_shares(accepted, wrong, each))
 
 
 def _threshold_range(
@@ -273,7 +348,7 @@ def _threshold_range(
                 "labels must give two classes at least two items each, got one such class; "
                 "threshold_range would do without pairs between classes"
             )
-        low, high = (_negative_quantile(gallery, rate) for rate in far_range)
+        low, high = _negative_quantiles(gallery, far_range)
         if not bool(low < high):
             raise ValueError(
                 f"far_range must span different distances, got {float(low)} for both ends; "
@@ -286,26 +361,32 @@ def _threshold_range(
     return gallery.unit.new_tensor(ends[0]), gallery.unit.new_tensor(ends[1])
 
 
-def _negative_quantile(gallery: _Gallery, rate: float) -> Tensor:
-    """Linear quantile of the distances between classes, without holding them all.
+def _negative_quantiles(gallery: _Gallery, rates: tuple[float, float]) -> list[Tensor]:
+    """Linear quantiles of the distances between classes, without holding them all.
 
-    A first pass counts them in bins; a second sorts the bins that hold the two neighbours.
+    A first pass counts them in bins; a second sorts the bins that hold the neighbours of each.
     """
     bins = torch.zeros(_BINS + 1, dtype=torch.long, device=gallery.unit.device)
     for block in gallery.negative_blocks():
         bins += torch.bincount(_bin(block), minlength=_BINS + 1)
     below = bins.cumsum(0)
-    position = rate * (int(below[-1]) - 1)
-    rank = int(position)
-    ranks = torch.tensor([rank, min(rank + 1, int(below[-1]) - 1)], device=bins.device)
-    first, last = torch.searchsorted(below, ranks, right=True).tolist()
-    picked = []
+    count = int(below[-1])
+    ranks = [rate * (count - 1) for rate in rates]
+    ends = torch.tensor([[int(rank), min(int(rank) + 1, count - 1)] for rank in ranks])
+    bounds = torch.searchsorted(below, ends.to(below.device), right=True).tolist()
+    picked: list[list[Tensor]] = [[] for _ in rates]
     for block in gallery.negative_blocks():
-        at = _bin(block)
-        picked.append(block[(at >= first) & (at <= last)])
-    offset = int(below[first - 1]) if first else 0
-    left, right = torch.cat(picked).sort().values[ranks - offset]
-    return torch.lerp(left, right, position - rank)
+        for kept, (first, last) in zip(picked, bounds, strict=True):
+            edges = 2 * first / _BINS * (1 - _ROUNDING), 2 * (last + 1) / _BINS * (1 + _ROUNDING)
+            near = block[(block >= edges[0]) & (block <= edges[1])]
+            at = _bin(near)
+            kept.append(near[(at >= first) & (at <= last)])
+    found = []
+    for rank, kept, (first, _), pair in zip(ranks, picked, bounds, ends, strict=True):
+        offset = int(below[first - 1]) if first else 0
+        left, right = torch.cat(kept).sort().values[pair.to(below.device) - offset]
+        found.append(torch.lerp(left, right, rank - int(rank)))
+    return found
 
 
 def _bin(distances: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from steelyard.metric_learning._unit_rows import products, unit_rows
 __all__ = ["tcm_loss"]
 
 _DENSE_ROWS = 1024  # up to here autograd may keep the N x N matrix
-_BLOCK_ELEMENTS = 2**22  # pairs held at a time beyond
+_BLOCK_ELEMENTS = 2**20  # pairs held at a time beyond
 
 
 class _Margins(NamedTuple):

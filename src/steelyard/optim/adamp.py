@@ -5,146 +5,29 @@ Each update of a tensor with two or more dimensions is tested (see
 update loses its radial part and the weight decay is reduced. Everything else is Adam with decoupled
 decay, or SGD with momentum and decoupled decay.
 
-On a processor each tensor is worked on alone, in one scratch buffer that stays in cache: fresh
-memory costs more there than arithmetic. Elsewhere the moments of all tensors go through PyTorch's
-grouped operations. Both are the same formulas.
+On a processor each tensor is worked on alone while it is in cache: fresh memory costs more there
+than arithmetic. The test comes first; a tensor that fails it takes one of PyTorch's one-pass steps.
+Elsewhere the moments of all tensors go through PyTorch's grouped operations. Both are the same
+formulas.
 
 Source: Heo et al. (2021), AdamP: Slowing Down the Slowdown for Momentum Optimizers on
 Scale-invariant Weights, arXiv:2006.08217.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from steelyard._checks import check_range
-from steelyard.optim.projection import as_rows, radial_coefficients
+from steelyard.optim._projected import Projected, downhill
 
-_FUSED = (torch.float32, torch.float64)
-
-
-class _Projected(Optimizer, ABC):
-    """What AdamP and SGDP share: checks of gradients, the projection, decay and step."""
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        check_range("lr", float(defaults["lr"]), at_least=0.0)
-        check_range("eps", defaults["eps"], at_least=0.0)
-        check_range("weight_decay", defaults["weight_decay"], at_least=0.0)
-        check_range("wd_ratio", defaults["wd_ratio"], at_least=0.0)
-        if not defaults["delta"] >= 0.0:
-            raise ValueError(f"delta must be >= 0.0, got {defaults['delta']}")
-        super().__init__(params, defaults)
-        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_scratch": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._scratch = {}
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
-
-        Args:
-            closure: evaluates the model again and returns the loss; optional.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ValueError: a gradient is sparse, or the decay of one step is 1 or more.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise ValueError(
-                    f"grad must be dense: {type(self).__name__} does not take sparse gradients "
-                    "(for example of an embedding with sparse=True)"
-                )
-            if any(p.is_complex() for p in params):
-                raise TypeError(f"{type(self).__name__} takes real parameters, got a complex one")
-            if params:
-                self._step_group(group, params)
-        return loss
-
-    @abstractmethod
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Step the parameters of one group, all of which have a gradient."""
-
-    def _use_foreach(self, group: dict[str, Any], params: list[Tensor]) -> bool:
-        wanted = group["foreach"]
-        return wanted if wanted is not None else all(p.device.type == "cuda" for p in params)
-
-    def _buffer(self, like: Tensor) -> Tensor:
-        """Return scratch memory in the shape and layout of ``like``, shared by all tensors."""
-        key = (like.dtype, like.device)
-        have = self._scratch.get(key)
-        if have is None or have.numel() < like.numel():
-            have = self._scratch[key] = torch.empty(like.numel(), dtype=key[0], device=key[1])
-        return have[: like.numel()].view(like.shape)
-
-    def _apply(
-        self, group: dict[str, Any], param: Tensor, grad: Tensor, update: Tensor, rate: Any
-    ) -> None:
-        """Project ``update`` in place if the test says so; then decay and step."""
-        decay = group["lr"] * group["weight_decay"] * self._decay_gain(group)
-        kept: Tensor | float = 1.0
-        if param.dim() > 1 and param.numel() > 0 and group["delta"] > 0:
-            passed = _project_(param, grad, update, delta=group["delta"], eps=group["eps"])
-            kept = torch.where(passed, group["wd_ratio"], 1.0)
-            if param.device.type == "cpu" and not torch.compiler.is_compiling():
-                kept = float(kept)
-        if group["weight_decay"] != 0:
-            param.mul_(1 - decay * kept)
-        if isinstance(rate, Tensor):
-            param.sub_(update * rate)
-        else:
-            param.add_(update, alpha=-rate)
-
-    def _decay_gain(self, group: dict[str, Any]) -> float:
-        return 1.0
+__all__ = ["SGDP", "AdamP"]
 
 
-def _downhill(param: Tensor, group: dict[str, Any]) -> Tensor:
-    grad = param.grad
-    if grad is None:  # `step` has left those out
-        raise ValueError("grad must not be None")
-    return -grad if group["maximize"] else grad
-
-
-def _project_(param: Tensor, grad: Tensor, update: Tensor, *, delta: float, eps: float) -> Tensor:
-    """Take the radial part out of ``update``, in place; return whether a view passed (0-d)."""
-    wide = torch.promote_types(param.dtype, torch.float32)
-    weight, slope = as_rows(param).to(wide), as_rows(grad).to(wide)
-    step = as_rows(update).to(wide)
-    taken, passed = radial_coefficients(weight, slope, step, delta=delta, eps=eps)
-    on_host = param.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and not passed:
-        return passed
-    rows = as_rows(update)
-    if rows.data_ptr() == update.data_ptr() and rows.dtype == wide:
-        rows.addcmul_(taken, weight, value=-1)
-    else:  # no view of this memory layout, or half precision
-        update.copy_((step - taken * weight).reshape(update.shape))
-    return passed
-
-
-class AdamP(_Projected):
+class AdamP(Projected):
     r"""Adam with decoupled decay whose updates of scale-invariant weights stay tangent.
 
     .. math::
@@ -230,50 +113,67 @@ class AdamP(_Projected):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        grads = [_downhill(p, group) for p in params]
+        grads = [downhill(p, group) for p in params]
         if self._use_foreach(group, params):
             self._grouped(group, params, grads)
             return
-        for p, grad in zip(params, grads, strict=True):
-            if self._can_fuse(group, p, grad):
-                self._fused(group, p, grad)
-            else:
+        if group["nesterov"]:
+            one_pass = [False] * len(params)
+        else:
+            one_pass = [
+                self._is_plain(group, p, g, *self._moments(p))
+                for p, g in zip(params, grads, strict=True)
+            ]
+        plain: list[tuple[Tensor, Tensor]] = []
+        for p, grad, quick in zip(params, grads, one_pass, strict=True):
+            if not quick:
                 self._grouped(group, [p], [grad])
+            elif not self._is_projectable(group, p):
+                plain.append((p, grad))
+            else:
+                self._fused(group, p, grad)
+        if plain:
+            self._adamw(group, *map(list, zip(*plain, strict=True)))
 
-    def _can_fuse(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
+    def _moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[param]
-        tensors = (param, grad, state["exp_avg"], state["exp_avg_sq"])
-        return (
-            param.device.type == "cpu"
-            and param.dtype in _FUSED
-            and not group["nesterov"]
-            and group["foreach"] is None
-            and not torch.compiler.is_compiling()
-            and all(t.is_contiguous() for t in tensors)
-        )
+        return state["exp_avg"], state["exp_avg_sq"]
 
     def _fused(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        """Let PyTorch's one-pass Adam step from zero: where it arrives is minus the update."""
-        state, (beta1, beta2) = self.state[param], group["betas"]
+        """Take AdamW's step, or the tangent part of where Adam arrives from zero."""
+        radial = self._radial(group, param, grad)
+        if radial is None:
+            self._adamw(group, [param], [grad])
+            return
         update = self._buffer(param).zero_()
-        adam(
-            [update],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=1.0,
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
+        self._one_pass(
+            torch._fused_adam_, group, [update], [grad], [param], lr=-1.0, weight_decay=0.0
         )
-        rate = group["lr"]
-        self._apply(group, param, grad, update, -rate)
+        self._step_tangent(group, param, update, radial)
+
+    def _adamw(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        rate, decay = float(group["lr"]), group["weight_decay"]
+        self._one_pass(
+            torch._fused_adamw_, group, params, grads, params, lr=rate, weight_decay=decay
+        )
+
+    def _one_pass(
+        self,
+        step: Callable[..., None],
+        group: dict[str, Any],
+        targets: list[Tensor],
+        grads: list[Tensor],
+        params: list[Tensor],
+        **rates: float,
+    ) -> None:
+        """Step ``targets`` with the state of ``params``."""
+        states = [self.state[p] for p in params]
+        counts = [s["step"] for s in states]
+        torch._foreach_add_(counts, 1)
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        fixed = {"beta1": beta1, "beta2": beta2, "eps": eps, "amsgrad": False, "maximize": False}
+        step(targets, grads, means, squares, [], counts, **fixed, **rates)
 
     def _grouped(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Take the formulas as they stand, over lists of tensors."""
@@ -295,7 +195,7 @@ class AdamP(_Projected):
             self._apply(group, p, grad, update, group["lr"] / (1 - beta1**count))
 
 
-class SGDP(_Projected):
+class SGDP(Projected):
     r"""SGD with momentum and decoupled decay whose updates of scale-invariant weights stay tangent.
 
     .. math::
@@ -381,7 +281,7 @@ class SGDP(_Projected):
             raise ValueError(
                 f"weight_decay must keep lr * weight_decay / (1 - momentum) below 1, got {decay:g}"
             )
-        grads = [_downhill(p, group) for p in params]
+        grads = [downhill(p, group) for p in params]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(
@@ -393,6 +293,9 @@ class SGDP(_Projected):
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
         for p, grad, buffer in zip(params, grads, buffers, strict=True):
+            if not grouped and momentum > 0 and self._is_plain(group, p, grad, buffer):
+                self._fused(group, p, grad, buffer)
+                continue
             if not grouped:
                 buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
             if group["nesterov"]:
@@ -402,3 +305,30 @@ class SGDP(_Projected):
             else:
                 update = self._buffer(p).copy_(buffer)
             self._apply(group, p, grad, update, group["lr"])
+
+    def _fused(self, group: dict[str, Any], param: Tensor, grad: Tensor, buffer: Tensor) -> None:
+        """Take SGD's step after the decay, or the tangent part of the buffer."""
+        rate, momentum = float(group["lr"]), group["momentum"]
+        radial = self._radial(group, param, grad)
+        if radial is None:
+            if group["weight_decay"] != 0:
+                param.mul_(1 - rate * group["weight_decay"] * self._decay_gain(group))
+            torch._fused_sgd_(
+                [param],
+                [grad],
+                [buffer],
+                weight_decay=0.0,
+                momentum=momentum,
+                lr=rate,
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=False,
+                is_first_step=False,
+            )
+            return
+        buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
+        if group["nesterov"]:
+            update = torch.add(grad, buffer, alpha=momentum, out=self._buffer(param))
+            self._step_tangent(group, param, update, radial)
+        else:
+            self._step_tangent(group, param, buffer, radial, in_place=group["project_buffer"])

@@ -9,7 +9,7 @@ Scale-invariant Weights, arXiv:2006.08217.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from steelyard._checks import check_choice, check_floating, check_not_empty, che
 View = Literal["channel", "layer"]
 VIEWS: tuple[View, ...] = ("channel", "layer")
 NORM_FLOOR = 1e-8
+_CACHED = 2**18  # elements: what a block of rows may have to stay in cache
 
 
 def tangent_project(update: Tensor, weight: Tensor, view: View = "channel") -> Tensor:
@@ -110,6 +111,8 @@ def scale_invariance_score(weight: Tensor, grad: Tensor, view: View = "channel")
 
 def as_rows(tensor: Tensor, view: View = "channel") -> Tensor:
     """Return the tensor as rows that are one weight vector each; a view whenever there is one."""
+    if view == "channel" and tensor.dim() == 2:
+        return tensor
     if view == "layer" or tensor.dim() == 0:
         return tensor.reshape(1, -1)
     return tensor.reshape(tensor.shape[0], -1)
@@ -149,6 +152,66 @@ def radial_coefficients(
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of two matrices, ``[R]``, without a product matrix in memory."""
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).reshape(-1)
+
+
+class Radial(NamedTuple):
+    """That a tensor is to be projected, by which view, and its lengths."""
+
+    view: View
+    lengths: Tensor
+    """Of the rows, ``[R]``."""
+
+    def taken(self, weight: Tensor, update: Tensor, eps: float, products: Tensor) -> Tensor:
+        """What the projection takes of each row: ``update - taken * weight``; ``[R, 1]`` or 0-d."""
+        along = _dots_on_host(weight, update, products)
+        if self.view == "channel":
+            return (along / (self.lengths + eps).square()).unsqueeze(1)
+        whole: Tensor = along.sum() / (self.lengths.norm() + eps).square()
+        return whole
+
+
+def product_size(row_length: int) -> int:
+    """How many elements :func:`radial_on_host` needs for products of rows of this length."""
+    return max(_CACHED, row_length)
+
+
+def radial_on_host(
+    weight: Tensor, grad: Tensor, products: Tensor, *, delta: float, eps: float
+) -> Radial | None:
+    """Decide as :func:`radial_coefficients` does, with passes that are quick on a processor.
+
+    Needs no update yet: where neither view passes, the step can be a plain one.
+
+    Args:
+        weight: rows ``[R, D]``, float32 or wider.
+        grad: raw gradient ``[R, D]``.
+        products: memory of ``product_size(D)`` elements to write to: fresh memory costs more than
+            the arithmetic.
+        delta: threshold of the score.
+        eps: floor of the norms.
+
+    Returns:
+        The view that passes, ``None`` if neither does.
+    """
+    along = _dots_on_host(weight, grad, products)
+    lengths, slopes = (torch.linalg.vector_norm(rows, dim=1) for rows in (weight, grad))
+    cosine = along.abs() / (lengths.clamp_min(eps) * slopes.clamp_min(eps))
+    if float(cosine.max()) * math.sqrt(weight.shape[1]) < delta:
+        return Radial("channel", lengths)
+    whole = max(float(lengths.norm()), eps) * max(float(slopes.norm()), eps)
+    if abs(float(along.sum())) / whole * math.sqrt(weight.numel()) < delta:
+        return Radial("layer", lengths)
+    return None
+
+
+def _dots_on_host(a: Tensor, b: Tensor, products: Tensor) -> Tensor:
+    """Inner products of rows, a few rows at a time, so that their products stay in cache."""
+    rows, length = a.shape
+    size = max(1, _CACHED // length)
+    if rows <= size:
+        return torch.mul(a, b, out=products[: a.numel()].view(rows, length)).sum(1)
+    blocks = (slice(start, start + size) for start in range(0, rows, size))
+    return torch.cat([_dots_on_host(a[block], b[block], products) for block in blocks])
 
 
 def _score(wg: Tensor, ww: Tensor, gg: Tensor, eps: float) -> Tensor:

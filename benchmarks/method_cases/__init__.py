@@ -1,0 +1,1 @@
+"""The contestants of ``benchmarks/methods.py``, one file a family of methods."""
