@@ -146,17 +146,25 @@ class Projected(Optimizer, ABC):
         update: Tensor,
         radial: Radial,
         *,
+        rate: float,
         in_place: bool = False,
     ) -> None:
-        """Step by the tangent part of ``update``, which is not changed unless ``in_place``."""
-        rate = float(group["lr"])
+        """Decay and step by ``rate`` times the tangent part of ``update``.
+
+        The update is not changed unless ``in_place``: what the projection takes of a row is a share
+        of the weight's row, and joins the decay.
+        """
         rows, steps = as_rows(param), as_rows(update)
         taken = radial.taken(rows, steps, group["eps"], self._products(param))
-        decay = rate * group["weight_decay"] * self._decay_gain(group) * group["wd_ratio"]
+        decay = float(group["lr"]) * group["weight_decay"] * self._decay_gain(group)
         if in_place:
             steps.addcmul_(taken, rows, value=-1)
-            taken = torch.zeros_like(taken)
-        rows.mul_(taken.mul_(rate).add_(1 - decay)).add_(steps, alpha=-rate)
+            taken.zero_()
+        kept = taken.mul_(-rate).add_(1 - decay * group["wd_ratio"])
+        if rate == 1:
+            torch.addcmul(steps, rows, kept, out=rows)
+        else:
+            rows.mul_(kept).add_(steps, alpha=rate)
 
 
 def downhill(param: Tensor, group: dict[str, Any]) -> Tensor:

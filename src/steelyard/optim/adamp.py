@@ -145,11 +145,11 @@ class AdamP(Projected):
         if radial is None:
             self._adamw(group, [param], [grad])
             return
-        update = self._buffer(param).zero_()
+        update, rate = self._buffer(param).zero_(), float(group["lr"])
         self._one_pass(
-            torch._fused_adam_, group, [update], [grad], [param], lr=-1.0, weight_decay=0.0
+            torch._fused_adam_, group, [update], [grad], [param], lr=rate, weight_decay=0.0
         )
-        self._step_tangent(group, param, update, radial)
+        self._step_tangent(group, param, update, radial, rate=1.0)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         rate, decay = float(group["lr"]), group["weight_decay"]
@@ -329,6 +329,7 @@ class SGDP(Projected):
         buffer.mul_(momentum).add_(grad, alpha=1 - group["dampening"])
         if group["nesterov"]:
             update = torch.add(grad, buffer, alpha=momentum, out=self._buffer(param))
-            self._step_tangent(group, param, update, radial)
+            self._step_tangent(group, param, update, radial, rate=-rate)
         else:
-            self._step_tangent(group, param, buffer, radial, in_place=group["project_buffer"])
+            in_place = group["project_buffer"]
+            self._step_tangent(group, param, buffer, radial, rate=-rate, in_place=in_place)

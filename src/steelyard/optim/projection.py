@@ -19,6 +19,7 @@ from steelyard._checks import check_choice, check_floating, check_not_empty, che
 View = Literal["channel", "layer"]
 VIEWS: tuple[View, ...] = ("channel", "layer")
 NORM_FLOOR = 1e-8
+_FEW_ROWS = 8  # usually enough to tell that a gradient is not tangent
 _CACHED = 2**18  # elements: what a block of rows may have to stay in cache
 
 
@@ -159,15 +160,14 @@ class Radial(NamedTuple):
 
     view: View
     lengths: Tensor
-    """Of the rows, ``[R]``."""
+    """Of the rows, ``[R]``; of the whole with ``"layer"``, ``[1]``."""
 
     def taken(self, weight: Tensor, update: Tensor, eps: float, products: Tensor) -> Tensor:
-        """What the projection takes of each row: ``update - taken * weight``; ``[R, 1]`` or 0-d."""
+        """Return ``[R, 1]`` or ``[1]``: the projection is ``update - taken * weight``."""
         along = _dots_on_host(weight, update, products)
         if self.view == "channel":
             return (along / (self.lengths + eps).square()).unsqueeze(1)
-        whole: Tensor = along.sum() / (self.lengths.norm() + eps).square()
-        return whole
+        return along.sum() / (self.lengths + eps).square()
 
 
 def product_size(row_length: int) -> int:
@@ -193,15 +193,37 @@ def radial_on_host(
     Returns:
         The view that passes, ``None`` if neither does.
     """
+    few, bound = slice(0, _FEW_ROWS), delta / math.sqrt(weight.shape[1])
+    if _largest_cosine(weight[few], grad[few], products, eps)[0] < bound:  # else all would fail
+        largest, lengths = _largest_cosine(weight, grad, products, eps)
+        if largest < bound:
+            return Radial("channel", lengths)
+    ww, gg, wg = _whole_products(weight, grad)
+    cosine = abs(wg) / (max(math.sqrt(ww), eps) * max(math.sqrt(gg), eps))
+    if cosine < delta / math.sqrt(weight.numel()):
+        return Radial("layer", torch.full((1,), math.sqrt(ww), dtype=weight.dtype))
+    return None
+
+
+def _largest_cosine(
+    weight: Tensor, grad: Tensor, products: Tensor, eps: float
+) -> tuple[float, Tensor]:
+    """Largest absolute cosine of rows, and the lengths of the weight's."""
     along = _dots_on_host(weight, grad, products)
     lengths, slopes = (torch.linalg.vector_norm(rows, dim=1) for rows in (weight, grad))
     cosine = along.abs() / (lengths.clamp_min(eps) * slopes.clamp_min(eps))
-    if float(cosine.max()) * math.sqrt(weight.shape[1]) < delta:
-        return Radial("channel", lengths)
-    whole = max(float(lengths.norm()), eps) * max(float(slopes.norm()), eps)
-    if abs(float(along.sum())) / whole * math.sqrt(weight.numel()) < delta:
-        return Radial("layer", lengths)
-    return None
+    return float(cosine.max()), lengths
+
+
+def _whole_products(weight: Tensor, grad: Tensor) -> tuple[float, ...]:
+    """Inner products ``w w``, ``g g``, ``w g`` of whole tensors, a block at a time in cache."""
+    totals = [0.0, 0.0, 0.0]
+    size = max(1, _CACHED // weight.shape[1])
+    for start in range(0, len(weight), size):
+        w, g = (rows[start : start + size].view(-1) for rows in (weight, grad))
+        parts = (torch.dot(w, w), torch.dot(g, g), torch.dot(w, g))
+        totals = [total + float(part) for total, part in zip(totals, parts, strict=True)]
+    return tuple(totals)
 
 
 def _dots_on_host(a: Tensor, b: Tensor, products: Tensor) -> Tensor:
