@@ -5,7 +5,7 @@ run is stored, resumed and judged is described in ``docs/concepts/lab.md``.
 """
 
 from steelyard.lab.claims import Claim, Judgement, interquartile_mean, judge
-from steelyard.lab.recipe import Form, Recipe, load_recipe
+from steelyard.lab.recipe import Form, Recipe, load_recipe, prefixed
 from steelyard.lab.storage import LabError, StorageError
 from steelyard.lab.training import Lab, Learner, NonFiniteError, StoppedError
 
@@ -23,4 +23,5 @@ __all__ = [
     "interquartile_mean",
     "judge",
     "load_recipe",
+    "prefixed",
 ]

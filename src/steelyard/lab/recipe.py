@@ -146,6 +146,16 @@ class Recipe:
         return stored
 
 
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Put metrics under a name: ``prefix/key`` for each key.
+
+    Example:
+        >>> prefixed("sort/rl", {"accuracy": 0.9})
+        {'sort/rl/accuracy': 0.9}
+    """
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Load a recipe by name (``"bpo"``) or from a user's file (``"mine.py"``).
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_count, check_range
-from steelyard.lab import Claim, Form, Lab
+from steelyard.lab import Claim, Form, Lab, prefixed
 from steelyard.lab.rlvr import (
     Objective,
     RLVRLearner,
@@ -218,7 +218,7 @@ def run_share(config: Config, lab: Lab, task: Task, base: Any) -> dict[str, floa
                 shares[mode].append(norms[0] / max(sum(norms), 1e-12) if len(norms) > 1 else 0.5)
         return {f"{mode}/hard_share": sum(values) / len(values) for mode, values in shares.items()}
 
-    return _prefixed("share", lab.compute("share", study))
+    return prefixed("share", lab.compute("share", study))
 
 
 # ---- 2. Training ----------------------------------------------------------------------------
@@ -302,10 +302,6 @@ def train(
         if values:
             found[f"{name}/{metric}"] = sum(values) / len(values)
     return found
-
-
-def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
 
 
 def figures(result: dict[str, Any]) -> "dict[str, Figure]":

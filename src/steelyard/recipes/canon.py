@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_count, check_range
-from steelyard.lab import Claim, Form, Lab
+from steelyard.lab import Claim, Form, Lab, prefixed
 from steelyard.lab.rlvr import (
     Objective,
     RLVRLearner,
@@ -264,7 +264,7 @@ def run_exact(config: Config, lab: Lab, base: Bases) -> dict[str, float]:
         ratio = signal[told] / usual[told]
         return {"smallest_amplification": ratio.min().item(), "groups": told.sum().item()}
 
-    return _prefixed("exact", lab.compute("exact", study))
+    return prefixed("exact", lab.compute("exact", study))
 
 
 # ---- 2. Direction: two mirrored tasks -------------------------------------------------------
@@ -342,7 +342,7 @@ def train(
     for method, objective in methods.items():
         name = f"{group}/{method}"
         rows = lab.train(name, partial(make, objective), total=config.steps)
-        metrics |= _prefixed(name, summarise(rows, config.early))
+        metrics |= prefixed(name, summarise(rows, config.early))
     return metrics
 
 
@@ -362,10 +362,6 @@ def summarise(rows: list[dict[str, float]], early: int) -> dict[str, float]:
 
 def _mean(rows: list[dict[str, float]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
-
-
-def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
 
 
 def figures(result: dict[str, Any]) -> "dict[str, Figure]":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_count, check_range
-from steelyard.lab import Claim, Form, Lab
+from steelyard.lab import Claim, Form, Lab, prefixed
 from steelyard.lab.rlvr import (
     Objective,
     RLVRLearner,
@@ -199,7 +199,7 @@ def run_epochs(config: Config, lab: Lab) -> dict[str, float]:
                 name = f"{_name(epochs, band)}/{method}"
                 learner = partial(make, method, epochs, band, rates[method][place])
                 rows = lab.train(name, learner, total=config.steps)
-                metrics |= {f"{name}/{key}": value for key, value in summarise(rows).items()}
+                metrics |= prefixed(name, summarise(rows))
     return metrics
 
 
@@ -216,7 +216,7 @@ def run_search(config: Config, lab: Lab) -> dict[str, float]:
                 name = f"search/epochs={epochs}/{method} rate={rate}"
                 learner = partial(make, method, epochs, config.bands[0], rate)
                 rows = lab.train(name, learner, total=config.steps)
-                metrics |= {f"{name}/{key}": value for key, value in summarise(rows).items()}
+                metrics |= prefixed(name, summarise(rows))
     return metrics
 
 

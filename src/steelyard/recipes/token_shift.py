@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import check_choice, check_count, check_range
-from steelyard.lab import Claim, Form, Lab
+from steelyard.lab import Claim, Form, Lab, prefixed
 from steelyard.lab.rlvr import (
     RLVRLearner,
     RLVRSettings,
@@ -254,7 +254,7 @@ def run_exact(config: Config, lab: Lab) -> dict[str, float]:
                 errors.append(abs(found - truth) / error)
         return {"largest_error": max(errors)}
 
-    return _prefixed("exact", lab.compute("exact", study))
+    return prefixed("exact", lab.compute("exact", study))
 
 
 # ---- 2. A task: base, RL, supervised, and their mixtures -------------------------------------
@@ -281,15 +281,15 @@ def run_task(config: Config, lab: Lab, name: str) -> dict[str, float]:
         models, metrics = train_models(longer, TASKS[name](), lab.seed)
         generator = torch.Generator().manual_seed(lab.seed + 1)
         for kind, changed in (("rl", models.rl), ("sft", models.sft)):
-            metrics |= _prefixed(kind, shift_metrics(models, changed, generator))
+            metrics |= prefixed(kind, shift_metrics(models, changed, generator))
         ends = metrics["base/accuracy"], metrics["rl/accuracy"]
         for direction in ("forward", "backward"):
             for threshold in THRESHOLDS:
                 found = mix(models, direction, threshold, ends, generator)
-                metrics |= _prefixed(f"{direction}/js={threshold}", found)
+                metrics |= prefixed(f"{direction}/js={threshold}", found)
         return metrics
 
-    return _prefixed(name, lab.compute(name, study))
+    return prefixed(name, lab.compute(name, study))
 
 
 def dr_grpo(rollouts: Rollouts) -> Update:
@@ -479,7 +479,7 @@ def run_smollm2(config: Config, lab: Lab) -> dict[str, float]:
             heat_map=lab.folder / "smollm2.html",
         ),
     )
-    return _prefixed("smollm2", found)
+    return prefixed("smollm2", found)
 
 
 def run_checkpoints(config: Config, lab: Lab) -> dict[str, float]:
@@ -498,11 +498,7 @@ def run_checkpoints(config: Config, lab: Lab) -> dict[str, float]:
             heat_map=lab.folder / f"heat_map{lab.seed or ''}.html",
         ),
     )
-    return _prefixed("comparison", found)
-
-
-def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
+    return prefixed("comparison", found)
 
 
 def figures(result: dict[str, Any]) -> "dict[str, Figure]":
