@@ -16,6 +16,7 @@ _PACKAGES = (
     "distillation",
     "preference",
     "tabular",
+    "causal",
     "tokens",
     "diffusion",
     "classification",

@@ -38,7 +38,7 @@ EXTRAS: dict[str, Extra] = {
         ("flwr", "ray"), "the Flower strategy FedAU, with simulated clients in Ray processes"
     ),
     "tabular": Extra(
-        ("sklearn", "xgboost", "duckdb"),
+        ("sklearn", "xgboost", "duckdb", "safetensors"),
         "estimators in the manner of scikit-learn, stump bins, tables larger than memory",
     ),
     "metrics": Extra(("torchmetrics",), "metrics as torchmetrics objects, for use in trainers"),

@@ -188,7 +188,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def _module_names() -> list[str]:
     import steelyard.recipes
 
-    return [m.name.replace("_", "-") for m in pkgutil.iter_modules(steelyard.recipes.__path__)]
+    modules = pkgutil.iter_modules(steelyard.recipes.__path__)
+    return [m.name.replace("_", "-") for m in modules if not m.name.startswith("_")]
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -7,6 +7,7 @@ database alike.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from steelyard.tabular._sensitive import encode_sensitive, intersectional_groups
 from steelyard.tabular.audit import FairnessAudit, audit_fairness
 from steelyard.tabular.calibration import StrengthPath, calibrate_strength, choose_strength
 from steelyard.tabular.column_bins import ColumnBins
@@ -63,8 +64,10 @@ __all__ = [
     "duckdb_cuts",
     "duckdb_level_counts",
     "duckdb_psi",
+    "encode_sensitive",
     "fairness_probability",
     "group_js",
+    "intersectional_groups",
     "iv_inference",
     "optimal_bins",
     "pareto_front",

@@ -7,8 +7,20 @@ first use, so importing this package does not import ``trl``; :mod:`.objectives`
 import importlib
 from typing import Any
 
-_HOME = {"GRPOTrainer": "grpo"}
-"""The module each trainer is in."""
+_HOME = {
+    "ADPA": "distillation_objectives",
+    "AdvantageCache": "advantage_cache",
+    "DCKD": "distillation_objectives",
+    "DPGTrainer": "dpg",
+    "DPOTrainer": "dpo",
+    "DistillationTrainer": "distillation",
+    "FDPOTrainer": "dpo",
+    "GRPOTrainer": "grpo",
+    "PLD": "distillation_objectives",
+    "SinKD": "distillation_objectives",
+    "SparsePO": "sparse_po",
+}
+"""The module each name is in."""
 
 _MODULES = ("objectives",)
 
