@@ -376,7 +376,7 @@ def _encode(y: np.ndarray, ordered: list[Any] | None) -> tuple[np.ndarray, np.nd
     _multiclass.check_classification_targets(y)
     present, codes = np.unique(y, return_inverse=True)
     if len(present) < 2:
-        raise ValueError(f"y must hold at least two classes, got one class: {present[0]!r}")
+        raise ValueError(f"y must hold at least two classes, got one class: {present.tolist()}")
     if ordered is None:
         if present.dtype.kind not in "biuf":
             warnings.warn(

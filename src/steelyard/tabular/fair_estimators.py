@@ -278,7 +278,7 @@ class FairClassifier(_base.ClassifierMixin, FairNetwork):  # type: ignore[misc, 
                 f"{_multiclass.type_of_target(y)}."
             )
         if len(self.classes_) < 2:
-            raise ValueError(f"y must hold two classes, got one class: {self.classes_[0]!r}")
+            raise ValueError(f"y must hold two classes, got one class: {self.classes_.tolist()}")
         share = float(index.mean())
         self.base_ = math.log(share / (1 - share))
         target = torch.from_numpy(index.astype(np.float64)).to(self.device or "cpu")
