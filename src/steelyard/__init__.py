@@ -27,6 +27,7 @@ _PACKAGES = (
     "equivariant",
     "equilibrium",
     "vision",
+    "anatomy",
     "lab",
     "recipes",
     "integrations",

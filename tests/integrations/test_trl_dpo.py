@@ -4,9 +4,7 @@ Run as a script (by the test of two processes), this file trains and writes what
 """
 
 import functools
-import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +43,7 @@ from steelyard.preference import (
     sparse_po_reward,
     tdpo1_loss,
 )
+from two_processes import assert_same, run_in_two, write
 
 WORDS = ["<pad>", "<eos>", *map(str, range(26)), "=", "<unk>"]
 ROWS = {
@@ -659,27 +658,10 @@ def reports(folder, rows):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """On gloo."""
-    out = tmp_path / "two.json"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(__file__, str(tmp_path / "two"), str(out)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, one = json.loads(out.read_text()), reports(tmp_path, 4)
-    assert two.pop("processes") == 2
-    assert two.keys() == one.keys()
-    for case, numbers in one.items():
-        for key, values in numbers.items():
-            assert two[case][key] == pytest.approx(values, rel=1e-5, abs=1e-5), (case, key)
+    two = run_in_two(__file__, tmp_path / "two", out=tmp_path / "two.json")
+    one = reports(tmp_path, 4)
+    assert_same(two, one)
 
 
 if __name__ == "__main__":
-    found = reports(Path(sys.argv[1]), 2)
-    if torch.distributed.get_rank() == 0:
-        found["processes"] = torch.distributed.get_world_size()
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    write(reports(Path(sys.argv[1]), 2), sys.argv[2])

@@ -4,9 +4,7 @@ Run as a script (by the test of two processes), this file trains and writes what
 """
 
 import functools
-import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +32,7 @@ from steelyard.policy import (
     grpo_loss,
     mean_token_entropy,
 )
+from two_processes import assert_same, run_in_two, write
 
 WORDS = ["<pad>", "<eos>", *map(str, range(26)), "=", "<unk>"]
 PROMPTS = ["1 2 =", "3 =", "7 8 9 =", "4 4 ="]
@@ -751,29 +750,14 @@ def reports(folder, rows, *, sharded):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(folder, tmp_path):
     """On gloo. `accelerate` has no FSDP on a CPU, so FSDP2 is put around the model by hand."""
-    out = tmp_path / "two.json"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(__file__, str(folder), str(out)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, one = json.loads(out.read_text()), reports(folder, 8, sharded=False)
-    assert two.pop("processes") == 2
-    for case, numbers in one.items():
-        for key, values in numbers.items():
-            assert two[case][key] == pytest.approx(values, rel=1e-5, abs=1e-5), (case, key)
+    two = run_in_two(__file__, folder, out=tmp_path / "two.json")
+    one = reports(folder, 8, sharded=False)
+    assert_same(two, one)
+    for numbers in one.values():
         assert max(map(abs, numbers["loss"])) > 1e-3
     assert len(one["ddp"]["loss"]) == 4
     assert max(one["ddp"]["signals/weight"]) > 0
 
 
 if __name__ == "__main__":
-    found = reports(sys.argv[1], 4, sharded=True)
-    if torch.distributed.get_rank() == 0:
-        found["processes"] = torch.distributed.get_world_size()
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    write(reports(sys.argv[1], 4, sharded=True), sys.argv[2])

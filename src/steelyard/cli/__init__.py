@@ -1,4 +1,4 @@
-"""The command line: ``steelyard list | show | run | resume | report | copy | doctor``.
+"""The command line, ``steelyard COMMAND``: see ``HELP`` for its commands.
 
 Each command imports what it needs when it runs, so that ``list`` and ``--help`` answer at once.
 """
@@ -17,6 +17,7 @@ import steelyard
 from steelyard.recipes import catalog
 
 if TYPE_CHECKING:
+    from steelyard.cli.arguments import Report
     from steelyard.lab.recipe import Form, Recipe
 
 HELP = """\
@@ -29,11 +30,12 @@ its claim holds on this machine.
   show NAME          what a system is for, its claims, how long its experiment takes
   run NAME           run the experiment and judge its claims (NAME may be a file of yours)
   resume DIR         go on with a run that was stopped
-  report [DIR ...]   one page with all results, readable offline
+  report [DIR ...]   one page with all results, readable offline; --serve keeps it current
+  anatomy NAME ...   draw what objectives pay attention to: ppo, dpo, your own
   copy NAME FILE     get an experiment as one file to change, then: steelyard run FILE
   doctor             what is installed here and what works
 
-coming: sweep, anatomy
+coming: sweep
 
 Each command explains itself, for example: steelyard run bpo --help
 --version shows the version, --debug the full traceback of an error.
@@ -223,22 +225,70 @@ def _resume(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     from steelyard.cli.arguments import Report, parse
-    from steelyard.lab.report import find_results, render_results
+    from steelyard.lab.report import find_results, find_unfinished, render_results
 
+    if "--serve" in arguments[:-1]:  # --serve 8000 is --serve --port 8000
+        after = arguments.index("--serve") + 1
+        if arguments[after].isdecimal():
+            arguments = [*arguments[:after], "--port", *arguments[after:]]
     given = parse(Report, arguments)
-    files = find_results(given.folders or _known_places())
-    shown = render_results(files, given.out)
+    if given.serve:
+        from steelyard.lab._report_server import serve
+
+        serve(lambda: _places(given), given.port, print)
+        return 0
+    if given.port is not None:
+        raise ValueError("--port goes with --serve")
+    places = _places(given)
+    files, unfinished = find_results(places), find_unfinished(places)
+    shown = render_results(files, given.out, unfinished=unfinished)
     older = f" ({len(files) - len(shown)} older left out)" if len(files) > len(shown) else ""
-    print(f"{_count(len(shown), 'result')}{older} on {given.out}")
+    more = f" and {_count(len(unfinished), 'unfinished run')}" if unfinished else ""
+    print(f"{_count(len(shown), 'result')}{older}{more} on {given.out}")
     return 0
 
 
-def _known_places() -> list[Path]:
-    """Folders of all runs that the index knows, and results kept in this folder."""
-    from steelyard.lab.index import list_runs
+def _places(given: "Report") -> list[Path]:
+    """Where results are: what was given, or all known runs and what this folder keeps."""
+    if given.folders:
+        return [*given.folders, *([given.results] if given.results else [])]
+    results = given.results or Path("results")
+    kept = [Path("runs")] if Path("runs").is_dir() else []
+    return [*_known_runs(), *kept, *([results] if given.results or results.is_dir() else [])]
 
-    runs = [run["folder"] for run in list_runs() if (run["folder"] / "result.json").is_file()]
-    return [*runs, *(place for place in (Path("runs"), Path("results")) if place.is_dir())]
+
+def _known_runs() -> list[Path]:
+    """Folders of the runs in the index that are still there; the report goes on without it."""
+    from steelyard.lab.index import IndexUnavailableError, list_runs
+
+    try:
+        folders = [run["folder"] for run in list_runs()]
+    except IndexUnavailableError as error:
+        print(f"Warning: {error}", file=sys.stderr)
+        return []
+    return [folder for folder in folders if (folder / "config.json").is_file()]
+
+
+def _anatomy(arguments: list[str]) -> int:
+    from steelyard.cli.anatomy import describe, draw
+    from steelyard.cli.arguments import Anatomy, parse
+
+    given = parse(Anatomy, arguments, description=describe())
+    if not given.names:
+        raise ValueError("name at least one objective (see: steelyard anatomy --help)")
+    rows = draw(
+        given.names,
+        over=given.over,
+        out=given.out,
+        limits=given.limits,
+        scale=given.scale,
+        classes=given.classes,
+        title=given.title,
+    )
+    for name, panel, words in rows:
+        print(f"{name}, {panel}: {words}")
+    print(f"Figure: {given.out}")
+    return 0
 
 
 def _copy(arguments: list[str]) -> int:
@@ -272,6 +322,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "resume": _resume,
     "report": _report,
+    "anatomy": _anatomy,
     "copy": _copy,
     "doctor": _doctor,
 }

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -41,12 +41,54 @@ class Resume:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write one HTML page with all results. It needs no network and is one file."""
+    """Write one HTML page with all systems and results. It needs no network and is one file.
+
+    Without DIR it shows all runs of yours and, where this folder has them, the results in runs
+    and in results.
+    """
 
     folders: Annotated[tuple[Path, ...], Positional, arg(metavar="DIR")] = ()
-    """Run folders, folders of those, or result files. Default: all known runs."""
+    """Run folders, folders of those, or result files."""
+    results: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: results, if it is here)")
+    ] = None
+    """Folder of kept results, as the project's results: DIR/NAME/*.json."""
     out: Path = Path("report.html")
     """The file to write."""
+    serve: Switch = False
+    """Show the page at an address of this machine and keep it current; no file is written."""
+    port: Annotated[
+        int | None, arg(metavar="PORT", help_behavior_hint="(default: 8765, or a free one)")
+    ] = None
+    """Port of that address; `--serve PORT` says the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """Draw what objectives pay attention to."""
+
+    names: Annotated[tuple[str, ...], Positional, arg(metavar="NAME ...", help_behavior_hint="")]
+    """Objectives of the library, or functions of yours: file.py:function, module:function."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("anatomy.svg")
+    """The figure to write, .svg or .png; overwritten if it exists."""
+    over: Annotated[
+        Literal["log_ratio", "margin", "probability"] | None,
+        arg(help_behavior_hint="(default: that of the names)"),
+    ] = None
+    """What is along the axis; needed for functions of yours alone."""
+    limits: Annotated[
+        tuple[float, float] | None,
+        arg(metavar="LOW HIGH", help_behavior_hint="(default: 0 2.5, or -10 10, or 0 1)"),
+    ] = None
+    """Ends of the axis: ratios, nats or probabilities."""
+    scale: Literal["auto", "linear", "log"] = "auto"
+    """Scale of the pull; log shows its size without its sign."""
+    classes: Annotated[int, arg(metavar="V")] = 10
+    """Classes of the logits, over probability."""
+    title: Annotated[
+        str | None, arg(metavar="TEXT", help_behavior_hint="(default: a general one)")
+    ] = None
+    """Title of the figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +108,10 @@ class Doctor:
     """Show what is installed here, what works, and what a missing extra would give."""
 
 
-def parse(kind: type[T], arguments: Sequence[str]) -> T:
+def parse(kind: type[T], arguments: Sequence[str], *, description: str | None = None) -> T:
     """Read a command's arguments; shows help or an error and exits as argparse does."""
-    return tyro.cli(kind, prog=f"steelyard {kind.__name__.lower()}", args=list(arguments))
+    prog = f"steelyard {kind.__name__.lower()}"
+    return tyro.cli(kind, prog=prog, description=description, args=list(arguments))
 
 
 def parse_run(

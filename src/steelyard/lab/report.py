@@ -1,36 +1,42 @@
 """One self-contained HTML page from the results of runs.
 
-The page holds its figures and its style, loads nothing, and works offline, on a phone, in light
-and in dark. Every text is escaped, whatever a recipe is called.
+The page holds its figures, its style and its script, loads nothing, and works offline, on a phone,
+in print, in light and in dark, and without scripts. Every text is escaped, whatever a recipe is
+called, and a policy in the page forbids the browser to run or load anything else.
 """
 
 import base64
+import hashlib
 import json
-import math
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steelyard.lab._format import effect, number
-from steelyard.lab.claims import interquartile_mean
+from steelyard.lab._report_figures import figures_beside
+from steelyard.lab._report_live import read_unfinished
+from steelyard.lab._report_page import Entry, page_content
 from steelyard.lab.progress import duration
 from steelyard.lab.storage import write_atomic
 from steelyard.recipes import catalog
 
 if TYPE_CHECKING:
+    import jinja2
+
     from steelyard.lab.recipe import Recipe
 
 Result = dict[str, Any]
 
-_MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render_report(
     results: Sequence[Result], out: Path, *, figures: Mapping[str, Sequence[Path]] | None = None
 ) -> None:
-    """Write the page: a scoreboard of all systems, then a section for each result.
+    """Write the page: a scoreboard of all systems, then a section for each with its results.
 
     Args:
         results: contents of ``result.json`` files.
@@ -41,37 +47,33 @@ def render_report(
     Raises:
         OSError: ``out`` cannot be written.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "effect": effect, "duration": duration}
-    sections = [
-        _section(index, result, figures or {}) for index, result in enumerate(results, start=1)
+    given = figures or {}
+    entries = [
+        Entry(
+            result,
+            result["form"],
+            tuple(
+                given.get(f"{result['recipe']}-{result['form']}", given.get(result["recipe"], ()))
+            ),
+            command(result),
+        )
+        for result in results
     ]
-    html = environment.get_template("report.html.j2").render(
-        board=_scoreboard(sections),
-        sections=sections,
-        counts=_counts(),
-        verdicts=_verdicts(sections),
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, html.encode())
+    _write(out, render_page(entries))
 
 
-def render_results(files: Sequence[Path], out: Path) -> list[Path]:
-    """Write the page from ``result.json`` files: of each recipe and form the newest.
+def render_results(
+    files: Sequence[Path], out: Path, *, unfinished: Sequence[Path] = ()
+) -> list[Path]:
+    """Write the page from ``result.json`` files.
 
-    Figures are taken from the folder ``figures`` beside a file, or drawn again.
+    Of results that differ in nothing but their date the newest is shown. Figures are taken from
+    the folder ``figures`` beside a file, or drawn again.
 
     Args:
         files: as :func:`find_results` returns them.
         out: the HTML file.
+        unfinished: folders of runs without a result yet; the page says how far they are.
 
     Returns:
         The files that are on the page.
@@ -79,26 +81,100 @@ def render_results(files: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         ValueError: a file is not a result.
     """
-    newest: dict[tuple[str, str], tuple[Result, Path]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        entries = read_entries(files, Path(scratch))
+        _write(out, render_page(list(entries.values()), unfinished=unfinished))
+    return list(entries)
+
+
+def read_entries(files: Sequence[Path], scratch: Path) -> dict[Path, Entry]:
+    """Read results with their figures, the newest of each recipe, form, configuration and seeds.
+
+    Args:
+        files: result files.
+        scratch: where figures are drawn that are not beside a file; drawn ones are used again.
+    """
+    newest: dict[tuple[str, ...], tuple[Result, Path]] = {}
     for file in files:
         result = read_result(file)
-        key = (result["recipe"], result["form"])
-        if key not in newest or newest[key][0]["started"] < result["started"]:
+        tried = [*result["seeds"], *result.get("failed", {})]
+        settings = json.dumps([result["config"], len(tried)], sort_keys=True)
+        key = (result["recipe"], result["form"], settings)
+        if key not in newest or newest[key][0]["started"] <= result["started"]:
             newest[key] = (result, file)
-    figures: dict[str, Sequence[Path]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for (recipe, form), (result, file) in newest.items():
-            drawn = sorted((file.parent / "figures").glob("*.svg")) if _is_run(file) else []
-            figures[f"{recipe}-{form}"] = drawn or _draw(result, Path(scratch) / f"{len(figures)}")
-        render_report([result for result, _ in newest.values()], out, figures=figures)
-    return [file for _, file in newest.values()]
+    return {
+        file: Entry(
+            result,
+            result["form"] if is_run(file.parent) else file.stem,
+            tuple(_figures(result, file, scratch)),
+            command(result),
+        )
+        for result, file in newest.values()
+    }
+
+
+def render_page(
+    entries: Sequence[Entry], *, unfinished: Sequence[Path] = (), version: str = ""
+) -> str:
+    """Return the page as text.
+
+    Args:
+        entries: the results.
+        unfinished: folders of runs that have not finished.
+        version: for a page that a server keeps current; what the server calls this content.
+    """
+    from markupsafe import Markup
+
+    style, script = (
+        (_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            page_content(entries),
+            runs=read_unfinished(unfinished),
+            style=Markup(style),
+            script=Markup(script),
+            script_digest=digest,
+            version=version,
+        )
+    )
+
+
+def render_live(unfinished: Sequence[Path]) -> str:
+    """Return the part of the page that says how far unfinished runs are."""
+    return _environment().get_template("live.html.j2").render(runs=read_unfinished(unfinished))
+
+
+@cache
+def _environment() -> "jinja2.Environment":
+    """Return what renders the templates: every text is escaped, every unknown name an error."""
+    import jinja2
+
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"number": number, "effect": effect, "duration": duration, "moment": _moment}
+    return made
+
+
+def _moment(started: str) -> str:
+    """Shorten an ISO time in UTC, as the lab writes it, to what a person reads."""
+    return f"{started[:16].replace('T', ' ')} UTC" if started[16:].endswith("+00:00") else started
 
 
 def find_results(places: Iterable[Path]) -> list[Path]:
     """Find result files: a file itself, a run's ``result.json``, or those in folders below.
 
     Args:
-        places: result files, run folders, folders of runs, folders of copied results.
+        places: result files, run folders, folders of runs, folders of copied results. In a folder
+            of copies a JSON file that is no result is passed over.
 
     Raises:
         FileNotFoundError: a place does not exist.
@@ -109,13 +185,48 @@ def find_results(places: Iterable[Path]) -> list[Path]:
             files.append(place)
         elif not place.is_dir():
             raise FileNotFoundError(f"there is no {place}")
-        elif (place / "result.json").is_file():
-            files.append(place / "result.json")
+        elif is_run(place):
+            files += [file for file in (place / "result.json",) if file.is_file()]
         else:
-            files += sorted(place.glob("*/result.json"))
-            copies = [*place.glob("*.json"), *place.glob("*/*.json")]
-            files += sorted(file for file in copies if file.stem in catalog.FORMS)
+            found = sorted(place.glob("*/result.json"))
+            copies = sorted([*place.glob("*.json"), *place.glob("*/*.json")])
+            files += found
+            files += [file for file in copies if not is_run(file.parent) and _is_result(file)]
     return list(dict.fromkeys(file.absolute() for file in files))
+
+
+def find_unfinished(places: Iterable[Path]) -> list[Path]:
+    """Find folders of runs that are going on or were stopped, as :func:`find_results` looks."""
+    folders = [
+        folder
+        for place in places
+        if place.is_dir()
+        for folder in ([place] if is_run(place) else sorted(place.iterdir()))
+        if is_run(folder) and _is_unfinished(folder)
+    ]
+    return list(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's own, not one of copied results."""
+    return (folder / "config.json").is_file() or (folder / "result.json").is_file()
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """A run without a result, or one that was resumed after its result was written."""
+    result, clock = folder / "result.json", folder / "clock.json"
+    if not result.is_file():
+        return True
+    return clock.is_file() and clock.stat().st_mtime > result.stat().st_mtime
+
+
+def _is_result(file: Path) -> bool:
+    """Look at the beginning only: other JSON files beside results may be large."""
+    try:
+        with file.open("rb") as opened:
+            return b'"recipe"' in opened.read(200)
+    except OSError:
+        return False
 
 
 def read_result(file: Path) -> Result:
@@ -180,79 +291,15 @@ def _recipe(result: Result) -> "Recipe | None":
         return None
 
 
-def _section(index: int, result: Result, figures: Mapping[str, Sequence[Path]]) -> Result:
-    """Collect what the page shows of one result."""
-    recipe, form = result["recipe"], result["form"]
-    seeds = list(result["metrics"])
-    keys = dict.fromkeys(key for metrics in result["metrics"].values() for key in metrics)
-    files = figures.get(f"{recipe}-{form}", figures.get(recipe, ()))
-    return {
-        "anchor": f"result-{index}",
-        "result": result,
-        "seeds": seeds,
-        "metrics": [
-            _metric_row(key, [result["metrics"][seed].get(key) for seed in seeds]) for key in keys
-        ],
-        "figures": [_embed(file) for file in _one_of_each(files)],
-        "command": command(result),
-        "failed": result.get("failed", {}),
-    }
-
-
-def _metric_row(key: str, values: list[float | None]) -> dict[str, Any]:
-    measured = [value for value in values if value is not None and math.isfinite(value)]
-    middle = interquartile_mean(measured) if measured else None
-    return {"key": key, "values": values, "middle": middle}
-
-
-def _scoreboard(sections: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row a system, the catalogue's first; with the claims of its weightiest result."""
-    best: dict[str, Result] = {}
-    for section in sorted(sections, key=lambda section: _weight(section["result"])):
-        best[section["result"]["recipe"]] = section
-    rows = [
-        {"name": system.name, "title": system.title, "status": catalog.status(system)}
-        for system in catalog.SYSTEMS
-    ]
-    known = {row["name"] for row in rows}
-    for name, section in best.items():
-        if name not in known:
-            title = section["result"].get("title", name)
-            rows.append({"name": name, "title": title, "status": "your recipe"})
-    return [row | {"section": best.get(row["name"])} for row in rows]
-
-
-def _weight(result: Result) -> tuple[bool, int, str]:
-    return result["form"] == "full", len(result["seeds"]), result["started"]
-
-
-def _counts() -> dict[str, int]:
-    states = [catalog.status(system) for system in catalog.SYSTEMS]
-    return {state: states.count(state) for state in catalog.STATUSES}
-
-
-def _verdicts(sections: Sequence[Result]) -> dict[str, int]:
-    said = [claim["verdict"] for section in sections for claim in section["result"]["claims"]]
-    return {verdict: said.count(verdict) for verdict in ("HOLDS", "FAILS", "UNDECIDED", "NOT RUN")}
-
-
-def _one_of_each(files: Iterable[Path]) -> list[Path]:
-    """Of the same figure in several formats keep one, the SVG before the PNG."""
-    chosen: dict[str, Path] = {}
-    for file in files:
-        if file.suffix in _MEDIA and (file.stem not in chosen or file.suffix == ".svg"):
-            chosen[file.stem] = file
-    return list(chosen.values())
-
-
-def _embed(file: Path) -> dict[str, str]:
-    """Turn a figure into a data URI: as an image it can neither run scripts nor load anything."""
-    data = base64.b64encode(file.read_bytes()).decode("ascii")
-    return {"name": file.stem, "source": f"data:{_MEDIA[file.suffix]};base64,{data}"}
-
-
-def _is_run(file: Path) -> bool:
-    return file.name == "result.json"
+def _figures(result: Result, file: Path, scratch: Path) -> list[Path]:
+    """Return the figures beside a result file, or draw them."""
+    if (file.parent / "figures").is_dir():
+        drawn = figures_beside(file, whole=is_run(file.parent))
+        if drawn or not is_run(file.parent):
+            return drawn
+    key = f"{file} {file.stat().st_mtime_ns}"
+    folder = scratch / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return sorted(folder.iterdir()) if folder.is_dir() else _draw(result, folder)
 
 
 def _draw(result: Result, folder: Path) -> list[Path]:
@@ -261,3 +308,8 @@ def _draw(result: Result, folder: Path) -> list[Path]:
     recipe = _recipe(result)
     extra = recipe.figures(result) if recipe and recipe.figures else None
     return draw_figures(result, extra, folder)
+
+
+def _write(out: Path, html: str) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, html.encode())
