@@ -376,7 +376,23 @@ METHOD_TASKS = {
     "ponita": "PONITA, forward and backward",
     "update": "Loss and gradients of completions that are there",
     "step": "Sample, score and update",
+    "dpo": "DPO",
+    "f_dpo": "f-DPO, Jensen-Shannon",
+    "sparse_po": "SparsePO",
+    "dckd": "DCKD",
+    "adpa": "ADPA",
+    "pld": "Plackett-Luce distillation",
+    "sinkd": "Sinkhorn distillation",
+    "binning": "Bins and information values of a table",
+    "parquet_iv": "Information values from a Parquet file",
+    "parquet_psi": "Drift between two Parquet files",
+    "exact_binning": "Exact monotone binning",
+    "presto": "PRESTO, one penalty",
+    "presto_path": "PRESTO, a path of penalties",
+    "dcov": "Distance-covariance penalty, with gradient",
+    "bound": "Causal bounds of finite support",
 }
+FIGURES = {"time": "CPU time", "memory": "peak memory", "seconds": "CPU seconds"}
 
 
 def paired_benchmark(file: Path) -> str:
@@ -401,8 +417,8 @@ def paired_benchmark(file: Path) -> str:
             [
                 METHOD_TASKS[row["task"]],
                 _size(row["size"]),
-                {"time": "CPU time", "memory": "peak memory"}[row["figure"]],
-                row["peer"],
+                FIGURES[row["figure"]],
+                "(absolute)" if row["figure"] == "seconds" else row["peer"],
                 f"{row['target']:.3g}",
                 f"{row['value']:.3f}",
                 "met" if row["met"] else "**missed**",

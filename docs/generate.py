@@ -53,11 +53,9 @@ def expected(root: Path) -> Iterator[tuple[Path, bytes]]:
     index = root / "docs/systems/index.md"
     yield filled(index, {"systems": systems_table("", root)})
     measured = root / "benchmarks/results"
-    benchmarks = {
-        "benchmark-rl": rl_benchmark(measured / "rl.json"),
-        "benchmark-methods": paired_benchmark(measured / "methods.json"),
-        "benchmark-rlvr": paired_benchmark(measured / "rlvr.json"),
-    }
+    benchmarks = {"benchmark-rl": rl_benchmark(measured / "rl.json")}
+    for name in ("methods", "rlvr", "preference", "distillation", "tabular"):
+        benchmarks[f"benchmark-{name}"] = paired_benchmark(measured / f"{name}.json")
     yield filled(root / "docs/benchmarks.md", benchmarks)
     yield from fused_benchmark(root)
     yield from divergence_benchmark(root)

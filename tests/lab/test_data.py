@@ -1,6 +1,7 @@
 """Tables have the rows and shares that their sources state; a missing package is named."""
 
 import importlib.util
+from functools import cache
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ def has(package: str) -> bool:
         return False
 
 
+@cache
 def table(name: str) -> data.Table:
     if not has(PACKAGES[name]):
         pytest.skip(f"needs {PACKAGES[name]}")

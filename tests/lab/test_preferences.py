@@ -1,7 +1,6 @@
-"""Pairs, the learner that every pairwise method shares, and a user's own file."""
+"""Pairs, and the learner that every pairwise method shares."""
 
 import copy
-import json
 import math
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from steelyard.lab.enumeration import AllSequences
-from steelyard.lab.preference_files import encode_pairs, read_pairs
 from steelyard.lab.preferences import (
     PairBatch,
     Pairs,
@@ -22,7 +19,6 @@ from steelyard.lab.preferences import (
     vote,
 )
 from steelyard.lab.tiny_lm import tiny_lm, tiny_tokenizer
-from steelyard.lab.words import distinct, lexicon_score, self_bleu, word_text
 from steelyard.preference import LearnedTokenMask, f_dpo_loss, sparse_po_loss
 
 SETTINGS = PreferenceSettings(batch_size=8, updates=2, learning_rate=1e-2)
@@ -173,88 +169,6 @@ def test_the_cost_of_a_level_is_on_the_lower_front():
     assert cost_at_level(points, -1.0) == 0.0
     with pytest.raises(ValueError, match="must reach"):
         cost_at_level(points, 3.5)
-
-
-@pytest.mark.parametrize(
-    ("line", "match"),
-    [
-        ("not json", "line 3 of .* is not JSON"),
-        ('{"prompt": "a", "chosen": "b"}', "line 3 of .* lacks the field 'rejected'"),
-        ('{"prompt": "a", "chosen": " ", "rejected": "b"}', "line 3 .*'chosen' .*empty completion"),
-        ('{"prompt": "", "chosen": "c", "rejected": "b"}', "line 3 .*'prompt' .*empty prompt"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "line 3 .* must differ"),
-        ('{"prompt": "a", "chosen": 4, "rejected": "b"}', "line 3 .* text or a list of messages"),
-    ],
-)
-def test_a_line_that_cannot_be_learned_from_is_named(tmp_path, line, match):
-    path = tmp_path / "pairs.jsonl"
-    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
-    path.write_text(f"{good}\n\n{line}\n")
-    with pytest.raises(ValueError, match=match):
-        read_pairs(path)
-
-
-def test_messages_are_read_by_their_last_one(tmp_path, tokenizer):
-    path = tmp_path / "pairs.jsonl"
-    chat = {"prompt": [{"role": "user", "content": "a b"}]}
-    chat |= {
-        name: [{"role": "assistant", "content": text}]
-        for name, text in (("chosen", "c"), ("rejected", "b b"))
-    }
-    path.write_text(json.dumps(chat))
-    chatting = copy.deepcopy(tokenizer)
-    chatting.chat_template = "{% for m in messages %}{{ m.content }} c {% endfor %}"
-    pairs = encode_pairs(chatting, read_pairs(path))
-    assert pairs.prompt_ids.tolist() == [[3, 4, 5]]
-    assert pairs.chosen.tolist() == [[5, 2, 0]]
-    assert pairs.rejected.tolist() == [[4, 4, 2]]
-
-
-def test_long_texts_are_cut_and_what_is_left_must_differ(tokenizer):
-    record = {"prompt": "a b c a", "chosen": "a b", "rejected": "a c"}
-    pairs = encode_pairs(tokenizer, [record], max_tokens=2)
-    assert pairs.prompt_ids.tolist() == [[5, 3]]
-    assert pairs.chosen.tolist() == [[3, 4]]
-    with pytest.raises(ValueError, match=r"pair 0: .* must differ"):
-        encode_pairs(tokenizer, [record], max_tokens=1)
-
-
-def test_sequences_and_their_positions_add_up():
-    space = AllSequences(3, 4)
-    generator = torch.Generator().manual_seed(0)
-    policy, reference = (
-        torch.randn(space.num_prefixes, 3, dtype=torch.float64, generator=generator)
-        for _ in range(2)
-    )
-    one, two = (space.logprobs(table).sum(-1) for table in (policy, reference))
-    torch.testing.assert_close(one.exp().sum().item(), 1.0)
-    whole = (one.exp() * (one - two)).sum()
-    torch.testing.assert_close(space.kl_by_position(policy, reference).sum(), whole)
-    rows = torch.tensor([5, 80])
-    assert space.logprobs(policy, rows).equal(space.logprobs(policy)[rows])
-    assert len({tuple(row) for row in space.prefixes[:, -1:].tolist()}) == 27
-
-
-def test_windows_hold_frequent_words_only():
-    text = word_text(["a b rare a b a b", "b a b a"], words=2, window=3, stride=1)
-    assert text.words == ("a", "b")
-    assert text.windows.tolist() == [[3, 4, 3], [4, 3, 4], [4, 3, 4], [3, 4, 3]]
-    with pytest.raises(ValueError, match="is not among"):
-        text.id_of("rare")
-
-
-def test_copies_are_not_diverse():
-    every = torch.ones(3, 4, dtype=torch.bool)
-    copies = torch.arange(1, 5).expand(3, 4)
-    assert self_bleu(copies, every) == pytest.approx(1.0)
-    assert distinct(copies, every) == pytest.approx(1 / 3)
-    twice = torch.tensor([[1, 1, 2, 3], [1, 4, 5, 6], [7, 8, 9, 10]])
-    # "1" occurs twice in the first row and once in the second: one of the two is found.
-    assert self_bleu(twice, every, most=1) == pytest.approx((1 / 4 + 1 / 4 + 0) / 3)
-
-
-def test_a_lexicon_counts_words_whatever_their_case():
-    assert lexicon_score("Good, GOOD; goodness", {"good": 2.0}) == pytest.approx(4 / math.sqrt(31))
 
 
 def test_the_majority_of_four_raters_chooses():

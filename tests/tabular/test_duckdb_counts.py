@@ -56,6 +56,19 @@ def test_counts_are_those_of_the_rows(frame, parquet, number, by):
             np.testing.assert_array_equal(found[name], expected)
 
 
+def test_a_file_of_many_columns_is_counted_in_parts(tmp_path):
+    path = tmp_path / "wide.parquet"
+    columns = ", ".join(f"(range * {i + 1}) % 17 AS x{i}" for i in range(45))
+    duckdb.sql(f"SELECT range % 2 AS y, {columns} FROM range(300)").write_parquet(str(path))
+    cuts = {f"x{i}": [4.0, 9.0] for i in range(45)}
+    parts = duckdb_bin_counts(path, cuts, by="y")
+    whole = duckdb_bin_counts(duckdb.read_parquet(str(path)), cuts, by="y")
+    assert list(parts) == list(whole) == list(cuts)
+    for name in cuts:
+        np.testing.assert_array_equal(parts[name], whole[name])
+    assert duckdb_bin_counts(path, {}) == {}
+
+
 def test_nan_and_null_are_both_missing_and_infinity_is_large():
     table = duckdb.sql(
         "SELECT unnest([1.0::DOUBLE, 'nan'::DOUBLE, NULL, 'inf'::DOUBLE, '-inf'::DOUBLE]) AS x"

@@ -210,7 +210,7 @@ def taiwan_default() -> Table:
     table = read_csv(path.read_text(encoding="utf-8"))
     del table["ID"]
     bad = table.pop("default-payment-next-month")
-    sex = np.where(table.pop("SEX") == 1, "male", "female").astype(object)
+    sex = np.where(table.pop("SEX") == 1, "female", "male").astype(object)
     levels = {name: _joined_levels(table, f"{name}_") for name in ("EDUCATION", "MARRIAGE")}
     return table | levels | {"SEX": sex, "bad": bad}
 

@@ -112,7 +112,8 @@ def draw_paths(
     Example:
         >>> lines = {"zero": [[0.0, 0.1]], "not zero": [[0.0, 0.9], [0.2, 0.8]]}
         >>> figure = draw_paths([1.0, 0.1], lines, "penalty", "slope", "Two slopes", faint="zero")
-        >>> len(figure.axes[0].lines), figure.axes[0].get_xlim()[0] > figure.axes[0].get_xlim()[1]
+        >>> left, right = figure.axes[0].get_xlim()
+        >>> len(figure.axes[0].lines), bool(left > right)
         (3, True)
     """
     colours = iter(COLOURS)

@@ -69,7 +69,7 @@ def encode_pairs(
 
     Raises:
         ValueError: a response is empty, or both are the same in what is kept; names the record,
-            from 0. No records, or a prompt without tokens.
+            from 0. No records, a prompt without tokens, or a chat without a chat template.
 
     Example:
         >>> from steelyard.lab.tiny_lm import tiny_tokenizer
@@ -131,5 +131,7 @@ def _text(value: Any) -> str:
 def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("prompts are lists of messages, but the tokenizer has no chat template")
     shown = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(shown, add_special_tokens=False)["input_ids"])

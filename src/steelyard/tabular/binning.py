@@ -184,7 +184,7 @@ class WoEBinner(
         numbers = [n for n in numeric_columns(relation) if n in names and n not in levels]
         size = self._rule(None).candidates() if self.method == "quantile" else self.max_prebins
         cuts = duckdb_cuts(relation, numbers, num_bins=size, sample_rows=sample_rows, seed=seed)
-        counts = duckdb_bin_counts(relation, cuts, by=target)
+        counts = duckdb_bin_counts(source, cuts, by=target)
         texts = [name for name in names if name not in cuts]
         fitted = {}
         for name in numbers:
@@ -378,7 +378,7 @@ class WoEBinner(
         missing = column.missing()
         apart = [column.values == value for value in special] + [missing]
         counts = np.array([_two_counts(mask, bad, weight) for mask in apart])
-        values = column.values
+        values = np.ascontiguousarray(column.values)  # a column of an array is strided
         outside = np.logical_or.reduce(apart)
         if outside.any():
             values, bad = values[~outside], bad[~outside]

@@ -1,6 +1,6 @@
 """Bin counts computed inside DuckDB: a table of any size becomes a few hundred numbers.
 
-One aggregate query reads each needed column once. Sources are the path of a Parquet file (or a
+Aggregate queries read each needed column once. Sources are the path of a Parquet file (or a
 glob of several) or a DuckDB relation. Counts add across tables and machines, so the statistics of
 this package work on the sum of such results from anywhere.
 """
@@ -24,12 +24,13 @@ __all__ = ["duckdb_bin_counts", "duckdb_cuts", "duckdb_level_counts", "duckdb_ps
 Array = NDArray[np.float64]
 _FEW_CUTS = 32  # up to here comparing with every cut is faster than DuckDB's histogram
 _FLOATS = ("FLOAT", "DOUBLE")
+_COLUMNS = 20  # of a file in one query: the counters of more outgrow the processor's cache
 
 
 def duckdb_bin_counts(
     source: Any, cuts: Mapping[str, Any], *, by: str | None = None
 ) -> dict[str, Array]:
-    """Count the rows of each bin of many columns in one scan.
+    """Count the rows of each bin of many columns, each column read once.
 
     Args:
         source: path of a Parquet file, or a DuckDB relation.
@@ -61,15 +62,29 @@ def duckdb_bin_counts(
     relation = open_relation(source)
     kinds = _column_kinds(relation, [*cuts, *([] if by is None else [by])])
     checked = {name: _check_cuts(name, values) for name, values in cuts.items()}
+    # each query reads its own columns of a file; a relation may be dear to evaluate twice
+    size = _COLUMNS if isinstance(source, str | Path) else max(len(checked), 1)
+    names = list(checked)
+    result: dict[str, Array] = {}
+    for start in range(0, max(len(names), 1), size):
+        some = {name: checked[name] for name in names[start : start + size]}
+        result |= _counted(relation, some, kinds, by)
+    return result
+
+
+def _counted(
+    relation: Any, cuts: Mapping[str, Array], kinds: Mapping[str, str], by: str | None
+) -> dict[str, Array]:
+    """Count the bins of a few columns in one query."""
     parts, widths = ["count(*)"], []
-    for name, borders in checked.items():
+    for name, borders in cuts.items():
         columns = _counters(name, borders, floating=kinds[name] in _FLOATS)
         parts += columns
         widths.append(len(columns))
     rows = grouped_rows(relation, parts, by)
     result = {}
     place = 1
-    for (name, borders), width in zip(checked.items(), widths, strict=True):
+    for (name, borders), width in zip(cuts.items(), widths, strict=True):
         cells = [_from_counters(row[0], row[place : place + width], borders) for row in rows]
         result[name] = np.stack(cells, axis=1) if by is not None else cells[0]
         place += width
@@ -86,7 +101,7 @@ def duckdb_psi(
     smoothing: float = 0.5,
     cuts: Mapping[str, Any] | None = None,
 ) -> dict[str, PSITest]:
-    """Test every numeric column of a table for drift against a base table, in one scan of each.
+    """Test every numeric column of a table for drift against a base table, each column read once.
 
     Missing values are a bin of their own wherever one of the tables has some.
 
@@ -125,7 +140,7 @@ def duckdb_psi(
     if cuts is None:
         cuts = duckdb_cuts(first, columns, num_bins=num_bins)
     cuts = {name: cuts[name] for name in columns}
-    before, after = duckdb_bin_counts(first, cuts), duckdb_bin_counts(second, cuts)
+    before, after = duckdb_bin_counts(base, cuts), duckdb_bin_counts(current, cuts)
     result = {}
     for name in columns:
         p, q = before[name], after[name]
