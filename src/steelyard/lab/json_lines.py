@@ -55,7 +55,10 @@ def read_json_lines(path: str | Path, *, required: tuple[str, ...]) -> list[dict
 def _record(line: str, where: str, required: tuple[str, ...]) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} at character {error.pos + 1}"
+        raise ValueError(f"{where} is not JSON: {place}") from error
+    except RecursionError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(record).__name__}")

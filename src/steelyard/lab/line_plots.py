@@ -138,7 +138,7 @@ def _log(axes: Axes, which: Literal["x", "y"]) -> None:
     """Make an axis logarithmic, with numbers as plain text: no text here is read as a formula."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    few = LogFormatter(minor_thresholds=(1.5, 0.5))  # decides which ticks of a short axis to name
+    few = LogFormatter(minor_thresholds=(1.0, 0.4))  # decides which ticks of a short axis to name
 
     def plain(value: float, place: int | None) -> str:
         few.axis = axis

@@ -136,13 +136,15 @@ def draw_against(
                 axes.plot(line.steps, line.seeds.T, "o", color=colour, alpha=0.4, ms=3)
                 axes.plot(line.steps, line.middle, color=colour, linestyle=dash, lw=2)
             axes.set_xticks(lines[0].steps)
-            axes.set_ylim(bottom=0)
+            if min(line.seeds.min() for line in lines) >= 0:
+                axes.set_ylim(bottom=0)
             axes.set_title(case, loc="left", fontsize=10)
             axes.set_ylabel(quantity)
             axes.set_xlabel(xlabel)
             _label_ends(axes, lines)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         reading = _reading(lines).replace("Thin: single seeds", "Points: single seeds")
+        reading = textwrap.fill(reading, int(16 * size[0]))
         figure.supxlabel(reading, fontsize=8, color="#555555", x=0.01, ha="left")
     return figure
 

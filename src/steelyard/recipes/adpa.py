@@ -46,9 +46,7 @@ from steelyard.recipes._adpa_testbed import (
     make_testbed,
 )
 from steelyard.recipes._adpa_text import (
-    LOOKS as TEXT_LOOKS,
-)
-from steelyard.recipes._adpa_text import (
+    TEXT_LOOKS,
     Scene,
     TextLoss,
     dpo_on_text,
@@ -116,7 +114,7 @@ class Config:
 
 
 QUICK = Form(Config(), seeds=8, minutes=3, threads=1)
-FULL = Form(Config(parts=PARTS), seeds=6, minutes=10, threads=1)
+FULL = Form(Config(parts=PARTS), seeds=5, minutes=10, threads=1)
 
 _PAPER = "Gao et al. (2025), arXiv:2502.17927"
 
