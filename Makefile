@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
+RECIPES := bpo gbpo token-shift adora canon f-dpo f-dpg sparse-po ranking-accuracy pld sinkd adpa \
+	scorecard fair-dcov presto causal-bounds information-projection
 # Tests use one BLAS thread each, so that two workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -61,7 +63,7 @@ bench: $(BIN)/.dev  ## Measure speed beside the peers (about three hours)
 	$(BIN)/python benchmarks/tabular.py
 
 results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
-	for name in bpo gbpo token-shift adora canon; do $(BIN)/steelyard run $$name --full; done
+	for name in $(RECIPES); do $(BIN)/steelyard run $$name --full; done
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
