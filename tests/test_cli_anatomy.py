@@ -48,9 +48,13 @@ def _apart(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def mine(tmp_path):
+def mine(tmp_path, monkeypatch):
+    """A file in the working folder; the command may import it and look beside it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(MINE)
-    return "mine.py"
+    yield "mine.py"
+    sys.modules.pop("mine", None)
 
 
 @pytest.fixture

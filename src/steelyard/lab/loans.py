@@ -87,7 +87,7 @@ def portfolio(rows: int, seed: int) -> Loans:
 
     Example:
         >>> loans = portfolio(5000, seed=0)
-        >>> loans.features.shape, 0.13 < loans.bad.mean() < 0.17
+        >>> loans.features.shape, bool(0.13 < loans.bad.mean() < 0.17)
         ((5000, 7), True)
     """
     check_count("rows", rows)
