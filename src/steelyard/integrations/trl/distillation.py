@@ -114,6 +114,8 @@ class DistillationTrainer(ObjectiveTrainer):
         max_new_tokens: int = 128,
         temperature: float = 1.0,
         generation_batch_size: int = 16,
+        processing_class: Any = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         for name in ("kinds", "needs_teacher", "loss"):
@@ -131,7 +133,13 @@ class DistillationTrainer(ObjectiveTrainer):
         }
         self.columns = (*(f"{kind}_ids" for kind in ("prompt", *objective.kinds)), "row")
         super().__init__(
-            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
         )
         self._cache: AdvantageCache | None = None
         self._place_teachers(teacher, reference_teacher, advantages)

@@ -172,6 +172,8 @@ class DPGTrainer(ObjectiveTrainer):
         log_z: LogZ = "others",
         max_log_z: float = math.inf,
         reward_range: tuple[float, float] = (-math.inf, math.inf),
+        processing_class: Any = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(divergence, FDivergence):
@@ -190,7 +192,13 @@ class DPGTrainer(ObjectiveTrainer):
         self._baseline = baseline
         self._sampling = {"max_new_tokens": max_new_tokens, "batch_size": generation_batch_size}
         super().__init__(
-            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("args must use neither FSDP nor DeepSpeed: the policy has to sample")
