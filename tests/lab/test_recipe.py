@@ -57,6 +57,19 @@ def test_a_users_file_may_import_its_neighbours(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, source)).name == "my-recipe"
 
 
+def test_an_edited_part_of_a_recipe_changes_its_digest(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    alone = load_recipe(path).digest()
+    part = tmp_path / f"_{Path(path).stem}_testbed.py"
+    part.write_text("SIZE = 1")
+    first = load_recipe(path).digest()
+    part.write_text("SIZE = 2")
+    (tmp_path / "_another_testbed.py").write_text("SIZE = 3")
+    assert len({alone, first, load_recipe(path).digest()}) == 3
+    part.write_text("SIZE = 1")
+    assert load_recipe(path).digest() == first
+
+
 @pytest.mark.parametrize("name", ["Config", "QUICK", "FULL", "CLAIMS", "run"])
 def test_a_file_that_lacks_a_name_says_which(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + f"\ndel {name}\n")

@@ -396,4 +396,4 @@ def test_changed_versions_and_an_edited_recipe_are_warned_about(
     other = replace(setup, versions=setup.versions | {"torch": "1.0"}, source_sha256="")
     torch_line, recipe_line = other.differences(recipe)
     assert torch_line.startswith("torch was 1.0, is ")
-    assert recipe_line == "the recipe's file toy.py was edited"
+    assert recipe_line == "the recipe's file toy.py or a part of it was edited"

@@ -108,8 +108,9 @@ class Recipe:
         return self.full if name == "full" else self.quick
 
     def digest(self) -> str:
-        """SHA-256 of the recipe's source file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        """SHA-256 of the recipe's source file and of its private parts, ``_NAME_*.py`` beside it."""
+        parts = sorted(self.path.parent.glob(f"_{self.path.stem}_*.py"))
+        return hashlib.sha256(b"".join(p.read_bytes() for p in (self.path, *parts))).hexdigest()
 
     def config_from(self, values: Mapping[str, Any]) -> Any:
         """Rebuild a ``Config`` from what :func:`config_to` made of it.

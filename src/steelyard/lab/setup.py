@@ -95,7 +95,7 @@ class Setup:
             if self.versions.get(name) != now.get(name)
         ]
         if recipe.digest() != self.source_sha256:
-            changed.append(f"the recipe's file {recipe.path.name} was edited")
+            changed.append(f"the recipe's file {recipe.path.name} or a part of it was edited")
         return changed
 
 
