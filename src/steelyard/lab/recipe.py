@@ -108,7 +108,7 @@ class Recipe:
         return self.full if name == "full" else self.quick
 
     def digest(self) -> str:
-        """SHA-256 of the recipe's source file and of its private parts, ``_NAME_*.py`` beside it."""
+        """SHA-256 of the source file and of its private parts, ``_NAME_*.py`` beside it."""
         parts = sorted(self.path.parent.glob(f"_{self.path.stem}_*.py"))
         return hashlib.sha256(b"".join(p.read_bytes() for p in (self.path, *parts))).hexdigest()
 
