@@ -40,9 +40,8 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
-    """Work in an empty folder, with the module search path put back afterwards."""
+    """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -50,7 +49,6 @@ def _apart(tmp_path, monkeypatch):
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A file in the working folder; the command may import it and look beside it."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(MINE)
     yield "mine.py"

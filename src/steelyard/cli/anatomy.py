@@ -412,7 +412,8 @@ def _from_file(path: Path) -> Any:
 
 
 def _from_module(name: str, place: str) -> Any:
-    sys.path.append(str(Path.cwd()))
+    sys.path.insert(0, str(Path.cwd()))  # first, as with python -m
+    importlib.invalidate_caches()
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
