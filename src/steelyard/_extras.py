@@ -37,6 +37,7 @@ EXTRAS: dict[str, Extra] = {
     "federated": Extra(
         ("flwr", "ray"), "the Flower strategy FedAU, with simulated clients in Ray processes"
     ),
+    "sweep": Extra(("ray",), "sweeps of seeds and recipes on Ray, on a machine or a cluster"),
     "tabular": Extra(
         ("sklearn", "xgboost", "duckdb", "safetensors"),
         "estimators in the manner of scikit-learn, stump bins, tables larger than memory",

@@ -16,13 +16,13 @@ def show(*, terminal: bool, steps: int = 1) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100)
     with open_display(console, seeds=3, finished=1) as display:
-        display.started(2)
+        display.started("seed 2")
         for step in range(steps):
-            display.progressed(2, "control/Hopper-v5/bpo", 4096 + step, 1_000_000, 1234.5)
+            display.progressed("seed 2", "control/Hopper-v5/bpo", 4096 + step, 1_000_000, 1234.5)
         if terminal:
             time.sleep(0.6)  # bars are drawn four times a second
         display.note("a line with [brackets] and /a/path/that/is/" + "long/" * 20 + "end")
-        display.ended(2, None)
+        display.ended("seed 2", None)
     return file.getvalue()
 
 

@@ -304,6 +304,38 @@ def test_what_is_not_a_result_is_an_error_naming_the_file(content, tmp_path):
         report.read_result(file)
 
 
+def test_a_result_of_the_wrong_types_is_an_error_naming_the_field(tmp_path):
+    file = write(tmp_path / "result.json", recipe=["../../x"])
+    with pytest.raises(ValueError, match=r"'recipe' must be a str, got list"):
+        report.read_result(file)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"recipe":' * 100_000])
+def test_brackets_without_end_are_an_error_naming_the_file(content, tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json is not JSON"):
+        report.read_result(file)
+
+
+def test_a_huge_result_is_refused_before_it_is_read(tmp_path):
+    file = write(tmp_path / "result.json")
+    with file.open("ab") as opened:
+        opened.truncate(report.MAX_BYTES + 1)  # a hole: takes no room
+    with pytest.raises(ValueError, match=r"is larger than"):
+        report.read_result(file)
+
+
+def test_a_recipe_named_like_a_path_reaches_no_other_folder(tmp_path):
+    name = "../../escaped"
+    curves = {name: {"../loss": {"step": [1, 2], "values": {"0": [1.0, 2.0]}}}}
+    file = write(tmp_path / "in" / "result.json", recipe=name, curves=curves)
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "report.html"
+    report.render_results([file], out)
+    assert set(tmp_path.rglob("*")) - before == {out}
+
+
 # --- the scoreboard ----------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steelyard.lab import LabError, StorageError, runner
+from steelyard.lab import LabError, StorageError, session
 from steelyard.lab.index import list_runs
 from steelyard.lab.runner import SeedsFailedError, resume_run, start_run
 from steelyard.lab.setup import Setup
@@ -28,9 +28,9 @@ Launch = Callable[[str], "subprocess.Popen[str]"]
 
 PROGRAM = """
 import sys
-from steelyard.lab import LabError, runner
+from steelyard.lab import LabError, session
 from steelyard.lab.runner import resume_run, start_run
-runner._draw = lambda *_: None
+session.draw = lambda *_: None
 try:
     {call}
 except LabError as error:
@@ -59,7 +59,7 @@ def output() -> Output:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out figures and report: they take seconds and are tested elsewhere."""
-    monkeypatch.setattr(runner, "_draw", lambda *_: None)
+    monkeypatch.setattr(session, "draw", lambda *_: None)
 
 
 def start(toy_path: str, folder: Path, output: Output, **changes: Any) -> Path:
@@ -329,6 +329,21 @@ def test_a_folder_that_holds_something_is_refused(
     with pytest.raises(LabError, match=r"exists; resume with `steelyard resume .* another --out"):
         start(toy_path, tmp_path, output)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_whose_run_was_killed_as_it_began_can_be_used(
+    tmp_path: Path, toy_path: str, output: Output, undrawn: None
+) -> None:
+    (tmp_path / "lock").touch()
+    (tmp_path / ".config.json.tmp").write_text('{"rec')
+    start(toy_path, tmp_path, output, seeds=1)
+    assert json.loads((tmp_path / "result.json").read_text())["seeds"] == [0]
+
+
+@pytest.mark.parametrize("seconds", ["3e99999", "NaN", "-Infinity", '"x"'])
+def test_a_clock_that_cannot_be_believed_begins_again(tmp_path: Path, seconds: str) -> None:
+    (tmp_path / "clock.json").write_text(f'{{"wall_seconds": {seconds}}}')
+    assert 0 <= session._Clock(tmp_path, running=True).write() < 60
 
 
 def test_a_folder_that_cannot_be_made_is_named(

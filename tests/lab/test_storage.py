@@ -1,6 +1,7 @@
 """Damage is detected, named, and costs time but no number."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -293,3 +294,31 @@ def test_a_state_that_needs_unpickling_is_refused_at_the_first_checkpoint(
     lab = Lab(tmp_path, 0, checkpoint_seconds=0, tensorboard=False)
     with pytest.raises(TypeError, match=r"state_dict\(\) must hold only tensors"):
         lab.train("x", lambda: learner, 3)
+
+
+def test_a_forged_checkpoint_is_named_and_runs_no_code(
+    trial: Path, train: Any, expected: Any, notes: Any, tmp_path: Path
+) -> None:
+    """A digest guards against accidents; whoever writes files can compute one."""
+    with pytest.raises(BrokenError):
+        train(crash=5)
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    state = trial / "checkpoints" / "step-5.pt"
+    torch.save({"step": Trap()}, state)
+    digest = hashlib.sha256(state.read_bytes()).hexdigest()
+    manifest = state.with_suffix(".json")
+    forged = {"state_bytes": state.stat().st_size, "state_sha256": digest}
+    write_sealed(manifest, read_sealed(manifest) | forged)
+    assert train(observer=notes) == expected
+    assert "step-5.pt holds no state" in notes.warnings[0]
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_brackets_without_end_are_damage(tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(DamagedError, match="truncated or damaged"):
+        read_sealed(tmp_path / "file.json")

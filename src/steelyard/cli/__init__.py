@@ -29,13 +29,12 @@ its claim holds on this machine.
   list               the 35 systems and how far each is built
   show NAME          what a system is for, its claims, how long its experiment takes
   run NAME           run the experiment and judge its claims (NAME may be a file of yours)
-  resume DIR         go on with a run that was stopped
+  sweep NAME ...     run many seeds of several experiments on Ray, here or on a cluster
+  resume DIR         go on with a run or a sweep that was stopped
   report [DIR ...]   one page with all results, readable offline; --serve keeps it current
   anatomy NAME ...   draw what objectives pay attention to: ppo, dpo, your own
   copy NAME FILE     get an experiment as one file to change, then: steelyard run FILE
   doctor             what is installed here and what works
-
-coming: sweep
 
 Each command explains itself, for example: steelyard run bpo --help
 --version shows the version, --debug the full traceback of an error.
@@ -220,7 +219,54 @@ def _resume(arguments: list[str]) -> int:
 
     given = parse(Resume, arguments)
     console = Console(highlight=False, markup=False)
+    if (given.folder / "sweep.json").is_file():
+        from steelyard.lab.sweep import resume_sweep
+
+        folder = resume_sweep(
+            given.folder, address=given.address, cpus=given.workers, console=console
+        )
+        return _sweep_summary(folder)
+    if given.address is not None:
+        raise ValueError("--address is for sweeps, and DIR holds none")
     return _summary(resume_run(given.folder, workers=given.workers, console=console))
+
+
+def _sweep(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from steelyard.cli.arguments import Sweep, parse
+
+    given = parse(Sweep, arguments)
+    if not given.names:
+        raise ValueError("name at least one experiment (see: steelyard sweep --help)")
+    for name in given.names:
+        _load(name)
+    from steelyard.lab.sweep import start_sweep
+
+    folder = start_sweep(
+        given.names,
+        form="full" if given.full else "quick",
+        seeds=given.seeds,
+        out=given.out,
+        address=given.address,
+        cpus=given.cpus,
+        retries=given.retries,
+        console=Console(highlight=False, markup=False),
+    )
+    return _sweep_summary(folder)
+
+
+def _sweep_summary(folder: Path) -> int:
+    from rich.console import Console
+
+    from steelyard.lab.sweep import run_folders
+
+    console = Console(highlight=False, markup=False)
+    for run in run_folders(folder):
+        console.print(f"\n{run.name}", style="bold")
+        _summary(run)
+    console.print(f"\nAll on one page: steelyard report {shlex.quote(str(folder))}")
+    return 0
 
 
 def _report(arguments: list[str]) -> int:
@@ -320,6 +366,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
     "run": _run,
+    "sweep": _sweep,
     "resume": _resume,
     "report": _report,
     "anatomy": _anatomy,

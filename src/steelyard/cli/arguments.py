@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 Switch = Annotated[bool, FlagCreatePairsOff]
 Name = Annotated[str, Positional, arg(metavar="NAME")]
+Address = Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="(default: none)")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,47 @@ class Show:
 
 @dataclasses.dataclass(frozen=True)
 class Resume:
-    """Go on with a run that was stopped. It ends with the numbers of an unbroken run."""
+    """Go on with a run or a sweep that was stopped. It ends with the numbers of an unbroken one."""
 
     folder: Annotated[Path, Positional, arg(metavar="DIR")]
-    """The run's folder, for example runs/bpo-quick-20260101-120000."""
+    """The folder of the run or sweep, for example runs/bpo-quick-20260101-120000."""
     workers: Annotated[
         int | None, arg(metavar="N", help_behavior_hint="(default: as when it began)")
     ] = None
     """Seeds at a time."""
+    address: Address = None
+    """For a sweep: the Ray cluster to use, or auto; by default a Ray of its own on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Run several experiments over many seeds on Ray, on this machine or on a cluster.
+
+    Each experiment gets a run folder in DIR and its verdicts. A seed whose worker is lost goes on
+    from its checkpoint; the same command with the same --out goes on if the sweep itself was
+    killed. On a cluster every machine must see DIR at the same path and have steelyard installed.
+    Example: steelyard sweep bpo canon --seeds 20 --out runs/night
+    """
+
+    names: Annotated[tuple[str, ...], Positional, arg(metavar="NAME ...", help_behavior_hint="")]
+    """Systems (see `steelyard list`) or recipe files of yours; settings are those of their form."""
+    full: Switch = False
+    """Run the papers' settings, not the quick forms."""
+    seeds: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: as many as the form has)")
+    ] = None
+    """Seeds of each: 0, 1, 2, ..."""
+    out: Annotated[
+        Path | None, arg(metavar="DIR", help_behavior_hint="(default: a new one in runs)")
+    ] = None
+    """Folder of the sweep; if it holds this sweep already, it goes on."""
+    address: Address = None
+    """A Ray cluster: its address, or auto for the one this machine belongs to; by default a Ray of
+    its own is started on this machine."""
+    cpus: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Cores of this machine to use, without --address."""
+    retries: Annotated[int, arg(metavar="N")] = 3
+    """How often a seed is given to another worker when its worker is lost."""
 
 
 @dataclasses.dataclass(frozen=True)

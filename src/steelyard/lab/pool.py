@@ -49,12 +49,12 @@ def run_seeds(
     waiting = deque(seeds)
     running: list[_Worker] = []
     failures: dict[int, str] = {}
-    with _StopSignals() as stop:
+    with StopSignals() as stop:
         try:
             while running or (waiting and not stop.count):
                 while waiting and len(running) < setup.workers and not stop.count:
                     running.append(_start(folder, setup, waiting.popleft()))
-                    display.started(running[-1].seed)
+                    display.started(running[-1].label)
                 time.sleep(POLL_SECONDS)
                 tick()
                 stop.pass_on(running, display)
@@ -66,7 +66,7 @@ def run_seeds(
                     reason = worker.close()
                     if reason is not None and not stop.count:
                         failures[worker.seed] = reason
-                    display.ended(worker.seed, reason)
+                    display.ended(worker.label, reason)
         finally:
             for worker in running:
                 worker.kill()
@@ -82,6 +82,11 @@ class _Worker:
     channel: int
     rest: bytes = b""
     failure: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What the display calls it."""
+        return f"seed {self.seed}"
 
     def listen(self, display: Display) -> None:
         """Read what the worker has said since the last time."""
@@ -99,7 +104,7 @@ class _Worker:
         elif "failure" in message:
             self.failure = message["failure"]
         else:
-            display.progressed(self.seed, **message)
+            display.progressed(self.label, **message)
 
     def close(self) -> str | None:
         """Return why an ended worker failed, ``None`` if it finished."""
@@ -120,7 +125,7 @@ class _Worker:
         os.close(self.channel)
 
 
-class _StopSignals:
+class StopSignals:
     """Counts Ctrl-C, SIGTERM and SIGHUP: the first asks the workers to stop, the second ends them.
 
     Only the main thread can receive signals; in another one this does nothing.
@@ -131,7 +136,7 @@ class _StopSignals:
         self._passed_on = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._receive)

@@ -12,17 +12,17 @@ LINE_SECONDS = 30.0
 
 
 class Display(Protocol):
-    """Told about every seed."""
+    """Told about every seed by its label, for example ``"seed 0"``."""
 
-    def started(self, seed: int) -> None:
+    def started(self, label: str) -> None:
         """A worker begins."""
         ...
 
-    def progressed(self, seed: int, trial: str, step: int, total: int | None, rate: float) -> None:
+    def progressed(self, label: str, trial: str, step: int, total: int | None, rate: float) -> None:
         """``step`` of ``total`` is done, at ``rate`` steps a second."""
         ...
 
-    def ended(self, seed: int, reason: str | None) -> None:
+    def ended(self, label: str, reason: str | None) -> None:
         """A worker ended; ``reason`` if it did not finish."""
         ...
 
@@ -88,7 +88,7 @@ class _Bars:
         )
         self._seeds = seeds
         self._finished = finished
-        self._tasks: dict[int, TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "_Bars":
         self._progress.start()
@@ -97,20 +97,20 @@ class _Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def started(self, seed: int) -> None:
-        self._tasks[seed] = self._progress.add_task(f"seed {seed}", total=None, pace="starting")
+    def started(self, label: str) -> None:
+        self._tasks[label] = self._progress.add_task(label, total=None, pace="starting")
 
-    def progressed(self, seed: int, trial: str, step: int, total: int | None, rate: float) -> None:
+    def progressed(self, label: str, trial: str, step: int, total: int | None, rate: float) -> None:
         self._progress.update(
-            self._tasks[seed],
-            description=f"seed {seed} {trial}",
+            self._tasks[label],
+            description=f"{label} {trial}",
             completed=step,
             total=total,
             pace=_steps(step, total, rate),
         )
 
-    def ended(self, seed: int, reason: str | None) -> None:
-        self._progress.remove_task(self._tasks.pop(seed))
+    def ended(self, label: str, reason: str | None) -> None:
+        self._progress.remove_task(self._tasks.pop(label))
         self._finished += reason is None
         pace = f"{self._finished} of {self._seeds}"
         self._progress.update(self._all, completed=self._finished, pace=pace)
@@ -124,7 +124,7 @@ class _Lines:
         self._console = console
         self._seeds = seeds
         self._finished = finished
-        self._said: dict[int, float] = {}
+        self._said: dict[str, float] = {}
 
     def __enter__(self) -> "_Lines":
         return self
@@ -132,19 +132,19 @@ class _Lines:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def started(self, seed: int) -> None:
-        self._said[seed] = time.monotonic()
+    def started(self, label: str) -> None:
+        self._said[label] = time.monotonic()
 
-    def progressed(self, seed: int, trial: str, step: int, total: int | None, rate: float) -> None:
-        if time.monotonic() - self._said[seed] < LINE_SECONDS:
+    def progressed(self, label: str, trial: str, step: int, total: int | None, rate: float) -> None:
+        if time.monotonic() - self._said[label] < LINE_SECONDS:
             return
-        self._said[seed] = time.monotonic()
-        self.note(f"seed {seed} {trial}: {_steps(step, total, rate)}")
+        self._said[label] = time.monotonic()
+        self.note(f"{label} {trial}: {_steps(step, total, rate)}")
 
-    def ended(self, seed: int, reason: str | None) -> None:
+    def ended(self, label: str, reason: str | None) -> None:
         self._finished += reason is None
         state = reason or "finished"
-        self.note(f"seed {seed}: {state} ({self._finished} of {self._seeds} seeds finished)")
+        self.note(f"{label}: {state} ({self._finished} of {self._seeds} seeds finished)")
 
     def note(self, text: str) -> None:
         say(self._console, text)

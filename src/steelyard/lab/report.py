@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 
+MAX_BYTES = 2**27
+"""Larger files are refused: a result is some hundred kilobytes."""
+
+_NEEDED = {
+    "recipe": str,
+    "form": str,
+    "config": dict,
+    "seeds": list,
+    "metrics": dict,
+    "claims": list,
+    "started": str,
+}
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -235,13 +247,19 @@ def read_result(file: Path) -> Result:
     Raises:
         ValueError: it is not one.
     """
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file} is larger than {MAX_BYTES} bytes: no result of a run is")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
-    needed = ("recipe", "form", "config", "seeds", "metrics", "claims", "started")
-    if not isinstance(result, dict) or any(key not in result for key in needed):
+    if not isinstance(result, dict):
         raise ValueError(f"{file} is not the result of a run")
+    for key, kind in _NEEDED.items():
+        if not isinstance(result.get(key), kind):
+            found = type(result[key]).__name__ if key in result else "nothing"
+            expected = f"{key!r} must be a {kind.__name__}, got {found}"
+            raise ValueError(f"{file} is not the result of a run: {expected}")
     return result
 
 

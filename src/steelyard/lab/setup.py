@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 import steelyard
 from steelyard._checks import check_range
 from steelyard.lab.recipe import Recipe
-from steelyard.lab.storage import FORMAT, DamagedError, LabError, read_sealed, write_sealed
+from steelyard.lab.storage import (
+    FORMAT,
+    DamagedError,
+    LabError,
+    make_folder,
+    read_sealed,
+    write_sealed,
+)
 
 # Packages that can change a number.
 _PACKAGES = (
@@ -59,15 +67,17 @@ class Setup:
     started: str
 
     def write(self, folder: Path) -> None:
-        """Write ``config.json``."""
-        write_sealed(_path(folder), {"format": FORMAT} | asdict(self) | {"seeds": list(self.seeds)})
+        """Write ``config.json``, and a copy beside what the seeds will store."""
+        content = {"format": FORMAT} | asdict(self) | {"seeds": list(self.seeds)}
+        write_sealed(_path(folder), content)
+        write_sealed(_path(make_folder(folder / "seeds")), content)
 
     @classmethod
     def read(cls, folder: Path) -> "Setup":
         """Read ``config.json``.
 
         Raises:
-            LabError: not a run's folder, or the file was altered after the run began.
+            LabError: not a run's folder, or the file was altered or exchanged after the run began.
         """
         if not _path(folder).exists():
             raise LabError(f"{folder} is not the folder of a run: it has no config.json")
@@ -75,6 +85,12 @@ class Setup:
             stored = read_sealed(_path(folder))
         except DamagedError as error:
             raise LabError(f"{folder}: {error}; a run cannot change its settings") from error
+        with suppress(DamagedError):  # a copy that is lost or damaged says nothing
+            if read_sealed(_path(folder / "seeds")) != stored:
+                raise LabError(
+                    f"{folder}: config.json and seeds/config.json are of different runs; "
+                    "put back the one that the seeds were run with"
+                )
         names = {field.name for field in fields(cls)}
         values = {name: value for name, value in stored.items() if name in names}
         return cls(**values | {"seeds": tuple(values["seeds"])})

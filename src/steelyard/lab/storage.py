@@ -112,7 +112,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path.name} is missing")
     try:
         content = json.loads(data)
-    except ValueError:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
         raise DamagedError(f"{path.name} is truncated or damaged") from None
     if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
         raise DamagedError(f"{path.name} was altered (its digest does not match)")
@@ -349,6 +349,11 @@ class TrialStore:
         return sorted({int(match[1]) for match in names if match}, reverse=True)
 
     def _load(self, step: int, log: bytes | None) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            DamagedError: a part of it is missing, of another length or altered.
+        """
         manifest = read_sealed(self._path(step).with_suffix(".json"))
         data = read_bytes(self._path(step))
         if data is None:
@@ -360,7 +365,11 @@ class TrialStore:
             raise DamagedError(f"step-{step}.pt was altered (its digest does not match)")
         extent = _extent(manifest)
         extent.check(log)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:  # its digest is right, so somebody has made it by hand
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).split("\n", 1)[0]
+            raise DamagedError(f"step-{step}.pt holds no state: {reason}") from error
         rows = _rows((log or b"")[: extent.length])
         return Checkpoint(manifest["step"], state, rows, extent, manifest["seconds"])
 
