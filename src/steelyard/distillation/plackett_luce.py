@@ -9,6 +9,7 @@ from torch import Tensor
 from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
 from steelyard._reduce import Reduction, reduce_masked, widen
 from steelyard.distillation._arguments import check_labels, check_pair
+from steelyard.distillation._rankings import descending, plackett_luce
 
 
 def pld_loss(
@@ -55,7 +56,7 @@ def pld_loss(
     check_range("temperature", temperature, above=0.0)
     teacher = widen(teacher_logits.detach())
     first = torch.zeros_like(teacher).scatter(1, labels.unsqueeze(1).long(), torch.inf)
-    order = (teacher + first).argsort(dim=1, descending=True, stable=True)
+    order = descending(teacher + first)
     weights = (teacher / temperature).softmax(1).gather(1, order)
     return plackett_luce_loss(student_logits, order, weights, reduction=reduction)
 
@@ -72,7 +73,7 @@ def plackett_luce_loss(
     .. math:: \sum_k w_k \Bigl( \log \sum_{l \ge k} e^{s_{\pi_l}} - s_{\pi_k} \Bigr)
 
     Weights ``(1, 0, .., 0)`` give cross-entropy, ones give ListMLE, falling ones position-aware
-    ListMLE. One sort-free pass in log space: O(C) time and memory.
+    ListMLE. O(C) time and memory, without a sort.
 
     Args:
         student_logits: ``s`` ``[B, C]``.
@@ -102,6 +103,5 @@ def plackett_luce_loss(
     check_shape("weights", weights, tuple(student_logits.shape))
     check_labels("permutation", permutation, tuple(student_logits.shape))
     ranked = widen(student_logits).gather(1, permutation.long())
-    remaining = ranked.flip(1).logcumsumexp(1).flip(1)
-    losses = (weights.detach().to(ranked.dtype) * (remaining - ranked)).sum(1)
+    losses = plackett_luce(ranked, weights.detach().to(ranked.dtype))
     return reduce_masked(losses, None, reduction).to(student_logits.dtype)
