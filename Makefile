@@ -8,7 +8,7 @@ RECIPES := bpo gbpo token-shift adora canon f-dpo f-dpg sparse-po ranking-accura
 # Tests use one BLAS thread each, so that two workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit browser docs bench results clean
+.PHONY: help demo test lint types unit browser docs bench faults audit results clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -61,6 +61,14 @@ bench: $(BIN)/.dev  ## Measure speed beside the peers (about three hours)
 	$(BIN)/python benchmarks/preference.py
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/tabular.py
+
+faults: $(BIN)/.dev  ## Break runs on purpose, and the public functions with bad arguments
+	$(BIN)/python reliability/faults.py --out reliability/results/faults.json
+	$(BIN)/python reliability/fuzz.py --out reliability/results/fuzz.json
+
+audit: $(BIN)/.dev  ## Look for unsafe code, and for known holes in what is installed
+	$(BIN)/uv tool run bandit -q -c pyproject.toml -r src
+	$(BIN)/uv tool run pip-audit --path $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
 results: $(BIN)/.dev  ## Rerun every full form (hours) into runs/
 	for name in $(RECIPES); do $(BIN)/steelyard run $$name --full; done

@@ -56,4 +56,4 @@ def embed(file: Path) -> dict[str, str]:
         except UnicodeDecodeError:  # as it is
             pass
     # Nothing in it needs escaping between single quotes: ``quote`` left none of & < > '.
-    return {"name": file.stem.replace("-", " "), "source": Markup(source)}
+    return {"name": file.stem.replace("-", " "), "source": Markup(source)}  # nosec B704

@@ -147,8 +147,8 @@ def render_page(
         .render(
             page_content(entries),
             runs=read_unfinished(unfinished),
-            style=Markup(style),
-            script=Markup(script),
+            style=Markup(style),  # nosec B704  # both are files of this package
+            script=Markup(script),  # nosec B704
             script_digest=digest,
             version=version,
         )

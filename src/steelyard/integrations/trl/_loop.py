@@ -48,7 +48,9 @@ class ObjectiveTrainer(transformers.Trainer):
     ) -> None:
         model = load(model)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(  # nosec B615  # the user's model
+                model.config._name_or_path
+            )
         check_tokenizer(processing_class)
         if peft_config is not None:
             if is_peft_model(model):
@@ -119,7 +121,9 @@ class ObjectiveTrainer(transformers.Trainer):
 
 def load(model: Any) -> Any:
     """A causal language model, by its name or folder if it is not there yet."""
-    return AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+    if not isinstance(model, str):
+        return model
+    return AutoModelForCausalLM.from_pretrained(model)  # nosec B615  # the user's choice
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
