@@ -348,6 +348,23 @@ def test_doctor_names_what_is_broken(call, monkeypatch, tmp_path):
     assert "data folder broken" in out
 
 
+def test_doctor_computes_what_is_known_and_notices_a_wrong_result(call, monkeypatch):
+    assert "losses, gradient, fused head and checkpoint agree" in call("doctor")[1]
+    monkeypatch.setattr("steelyard.divergences.f_divergence", lambda p, q, _: (p - q).sum(-1))
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert "self-test broken RuntimeError: the KL divergence is wrong on this installation" in out
+
+
+def test_doctor_says_how_to_use_no_more_threads_than_cores(call, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    monkeypatch.setattr("steelyard.lab.setup.cores", lambda: 2)
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert "64 of torch on 2 cores; OMP_NUM_THREADS=64; to fix it: export OMP_NUM_THREADS=2" in out
+
+
 def test_every_extra_is_declared():
     import tomllib
 
