@@ -22,6 +22,7 @@ from benchmark_pages import (
     rl_benchmark,
 )
 from page_parts import filled, read, table, versions
+from reliability_pages import faults_table, fuzz_table
 
 from steelyard.lab import interquartile_mean
 from steelyard.lab._format import effect, number
@@ -57,6 +58,12 @@ def expected(root: Path) -> Iterator[tuple[Path, bytes]]:
     for name in ("methods", "rlvr", "preference", "distillation", "tabular"):
         benchmarks[f"benchmark-{name}"] = paired_benchmark(measured / f"{name}.json")
     yield filled(root / "docs/benchmarks.md", benchmarks)
+    broken = root / "reliability/results"
+    tables = {
+        "faults": faults_table(broken / "faults.json"),
+        "fuzz": fuzz_table(broken / "fuzz.json"),
+    }
+    yield filled(root / "docs/reliability.md", tables)
     yield from fused_benchmark(root)
     yield from divergence_benchmark(root)
     for system in catalog.SYSTEMS:
