@@ -14,10 +14,6 @@ plan; of a number, its deviation from the reference named in ``reference``.
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,20 +23,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from paired import OURS, SLICE, Row, Run, in_a_fork, in_a_process, middle, setting
+
 # This process must stay small: Linux counts the memory of the process that starts another in the
 # other's peak. Whatever brings torch is imported where it is used.
 
 RESULT = Path(__file__).parent / "results/divergences.json"
-OURS, POT, POT_LOG = "steelyard", "POT ot.sinkhorn", "POT sinkhorn_log"
+POT, POT_LOG = "POT ot.sinkhorn", "POT sinkhorn_log"
 BATCH, BATCH_LOG = "POT ot.batch, sinkhorn", "POT ot.batch, log_sinkhorn"
 DCOR, DENSE, BLOCKED = "dcor, value only", "plain torch, dense", "plain torch, blocked"
 EXACT = "POT ot.emd (no entropy)"
 ROUNDS, TOLERANCE = 3, 1e-9
 PACKAGES = ("steelyard", "torch", "numpy", "scipy", "numba", "POT", "dcor")
-SLICE = 0.05  # seconds: a contestant that is quicker runs several times a turn
-
-Run = Callable[[], Any]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -292,45 +286,6 @@ def measure(case: Case, rounds: int) -> list[Row]:
     ]
 
 
-def middle(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    return [median(ratios), min(ratios), max(ratios)]
-
-
-def in_a_fork(run: Run, small: Run) -> tuple[float, float]:
-    """Peak MiB of one run beyond what the fork held after a small one, and its CPU seconds.
-
-    A fork maps the code of its libraries again when it first runs it: the small run does that.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        small()
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before, begin = peak_mib(), time.process_time()
-        run()
-        spent = time.process_time() - begin
-        peak = peak_mib() - before
-        if spent < SLICE:
-            begin = time.process_time()
-            run()
-            spent = max(time.process_time() - begin, 1e-6)
-        os.write(writer, json.dumps([peak, spent]).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    peak, spent = json.loads(text)
-    return peak, spent
-
-
-def peak_mib() -> float:
-    """Largest resident size since the peak was last forgotten."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
 def plan_errors(plans: dict[str, Any], cost: Any) -> dict[str, Row]:
     """Largest marginal error and transport cost, ``None`` for NaN, which JSON does not have."""
     import numpy as np
@@ -357,14 +312,9 @@ def deviations(values: dict[str, Any]) -> dict[str, Row]:
     }
 
 
-def in_a_process(case: Case, rounds: int) -> list[Row]:
-    command = [sys.executable, __file__, "--measure", json.dumps([asdict(case), rounds])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    if run.returncode:
-        raise SystemExit(f"{case} failed:\n{run.stderr}")
+def rows_of(case: Case, rounds: int) -> list[Row]:
     facts = {key: value for key, value in asdict(case).items() if key not in _NOT_STORED}
-    return [facts | row for row in json.loads(run.stdout.splitlines()[-1])]
+    return [facts | row for row in in_a_process(__file__, asdict(case), rounds)]
 
 
 _NOT_STORED = {"contestants", "quick"}
@@ -404,15 +354,6 @@ def line(row: Row) -> str:
     )
 
 
-def setting() -> Row:
-    from importlib.metadata import version
-
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((x.split(":")[1].strip() for x in cpu if x.startswith("model name")), "unknown")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return {"machine": {"processor": model, "cores": os.cpu_count()}, "versions": versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     tasks = list(RUNS)
@@ -437,7 +378,7 @@ def main() -> None:
         begin = time.perf_counter()
         for case in CASES:
             if case.task == task and (case.quick or not options.quick):
-                for row in in_a_process(case, rounds):
+                for row in rows_of(case, rounds):
                     results.append(row)
                     print(line(row), flush=True)
         seconds[task] = round(time.perf_counter() - begin, 1)
@@ -449,7 +390,7 @@ def main() -> None:
         content = {
             "benchmark": "divergences",
             "settings": {"rounds": rounds, "threads": 1, "tolerance": TOLERANCE},
-            **setting(),
+            **setting(PACKAGES),
             "date": datetime.now(UTC).date().isoformat(),
             "wall_seconds": seconds,
             "targets": verdicts,

@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from paired import middle, peak_mib
+
 # This process must stay small: Linux counts the memory of the process that starts another in the
 # other's peak. Whatever brings torch is imported where it is used.
 
@@ -360,12 +362,6 @@ def _errors(case: Case, contestants: list[str], tensors: Any) -> Iterator[tuple[
         yield name, max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
 
 
-def peak_mib() -> float:
-    """Largest resident size since the peak was last forgotten."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
 def in_a_process(what: str, case: Case, *extra: Any) -> Any:
     command = [sys.executable, __file__, "--measure", what, json.dumps([asdict(case), *extra])]
     settings = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -414,9 +410,7 @@ def rows_of(part: str, case: Case, rounds: int) -> Iterator[dict[str, Any]]:
             continue
         row |= {"cpu_seconds": median(seconds[name])} | alone[name] | errors.get(name, {})
         if PLAIN in present:
-            pairs = zip(seconds[name], seconds[PLAIN], strict=True)
-            ratios = [mine / plain for mine, plain in pairs]
-            row["ratio"] = [median(ratios), min(ratios), max(ratios)]
+            row["ratio"] = middle(seconds[name], seconds[PLAIN])
             beside = [x["peak_extra_mib"] - x["gradients_mib"] for x in (alone[name], alone[PLAIN])]
             row["memory_ratio"] = beside[0] / beside[1]
         yield row
