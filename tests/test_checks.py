@@ -15,14 +15,21 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    given,
 )
 
 FLOATS = torch.ones(2, 3)
 
 
-def test_floating_tensors_of_every_width_and_none_pass():
+def test_floating_tensors_of_every_width_pass():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        check_floating(x=FLOATS.to(dtype), nothing=None)
+        check_floating(x=FLOATS.to(dtype))
+
+
+def test_optional_arguments_are_checked_only_if_given():
+    check_floating(x=FLOATS, **given(nothing=None))
+    with pytest.raises(TypeError, match="there must have a floating dtype"):
+        check_floating(x=FLOATS, **given(nothing=None, there=FLOATS.long()))
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,8 @@ def test_floating_tensors_of_every_width_and_none_pass():
         ([1.0], "x must be a torch.Tensor, got list"),
         (np.ones(2), "x must be a torch.Tensor, got ndarray"),
         (1.0, "x must be a torch.Tensor, got float"),
+        (None, "x must be a torch.Tensor, got NoneType"),
+        (FLOATS.to_sparse(), "x must be a dense tensor, got the layout torch.sparse_coo"),
     ],
 )
 def test_other_types_and_dtypes_are_named(wrong, message):

@@ -8,29 +8,39 @@ costs no synchronisation and ``torch.compile`` traces through it.
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def check_floating(**tensors: Tensor | None) -> None:
-    """Require floating-point tensors; ``None`` passes."""
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Require a tensor that stores all its values."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
+
+
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Keep the optional arguments that are there, for ``check_floating(**given(mask=mask))``."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Require floating-point tensors."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
 
 
 def check_same_shape(**tensors: Tensor | None) -> None:
     """Require that all tensors have the shape of the first; ``None`` passes."""
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in given:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    first_name, first = given[0]
-    for name, tensor in given[1:]:
+    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    for name, tensor in present:
+        check_tensor(name, tensor)
+    first_name, first = present[0]
+    for name, tensor in present[1:]:
         if tensor.shape != first.shape:
             raise ValueError(
                 f"{name} must have the shape of {first_name}, {list(first.shape)}, "
@@ -40,8 +50,7 @@ def check_same_shape(**tensors: Tensor | None) -> None:
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """Require a shape; ``None`` in ``expected`` admits any length there."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     fits = tensor.dim() == len(expected) and all(
         want is None or want == have for want, have in zip(expected, tensor.shape, strict=True)
     )
@@ -54,8 +63,9 @@ def check_mask(mask: Tensor | None, values: Tensor, *, name: str = "mask") -> No
     """Require a mask of exactly the shape of ``values``: nothing broadcasts."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    check_tensor(name, mask)
+    if mask.is_complex():
+        raise TypeError(f"{name} must be of booleans, zeros and ones, got {mask.dtype}")
     if mask.shape != values.shape:
         raise ValueError(f"{name} must have shape {list(values.shape)}, got {list(mask.shape)}")
 
@@ -72,7 +82,7 @@ def check_range(
     """Require a number inside an interval; ``above``/``below`` are strict; NaN never fits."""
     try:
         fits = above < value < below and at_least <= value <= at_most
-    except TypeError:
+    except (TypeError, RuntimeError):  # a tensor of several values has no truth value
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
     if not fits:
         low = f"> {above}" if above > -math.inf else f">= {at_least}"
@@ -83,32 +93,47 @@ def check_range(
         raise ValueError(f"{name} must be {' and '.join(parts)}, got {value}")
 
 
+def check_callable(**functions: Any) -> None:
+    """Require functions, or objects that can be called like one."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Require the dtype of the first tensor in all."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"
+            )
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Require one of a few values."""
-    if value not in choices:
+    if isinstance(value, Tensor) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_not_empty(name: str, tensor: Tensor) -> None:
     """Require at least one element."""
+    check_tensor(name, tensor)
     if tensor.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
 
 
-def check_integer_dtype(**tensors: Tensor | None) -> None:
-    """Require tensors of integers, which booleans are not; ``None`` passes."""
+def check_integer_dtype(**tensors: Tensor) -> None:
+    """Require tensors of integers, which booleans are not."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
 
 
 def check_count(name: str, value: int, *, at_least: int = 1, expected: str = "an integer") -> None:
-    """Require a Python integer, which a bool is not, of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Require an integer, which a bool is not, of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     check_range(name, value, at_least=at_least)
 

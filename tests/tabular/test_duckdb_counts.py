@@ -148,3 +148,14 @@ def test_errors_name_the_argument(parquet):
         duckdb_bin_counts(3, {"age": [2.0]})
     with pytest.raises(ValueError, match="no column 'default'"):
         WoEBinner().fit_duckdb(parquet, "default")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 and no more", b"x" * 100])
+def test_a_file_that_is_no_parquet_is_an_error_naming_it(content, tmp_path):
+    from steelyard.tabular.duckdb_counts import open_relation
+
+    file = tmp_path / "table.parquet"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"source must be a Parquet file, got .*table\.parquet: "):
+        open_relation(file)

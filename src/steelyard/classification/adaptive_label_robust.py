@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_groups, check_range
+from steelyard._checks import check_count, check_floating, check_groups, check_range
 from steelyard._reduce import Reduction, accumulation_dtype, fill_masked, reduce_masked
 from steelyard.classification._labels import check_values, checked_gaps
 from steelyard.classification._temperature_search import best_temperature
@@ -128,6 +128,7 @@ def aldr_temperature(
 
     Source: Zhu et al. (2023), Sec. 5, arXiv:2112.14869.
     """
+    check_floating(logits=logits)
     gaps = checked_gaps(logits.detach(), labels, margin, None)
     _check_setting(initial_temperature, alpha)
     return best_temperature(gaps, initial_temperature, alpha).to(logits.dtype)
@@ -192,7 +193,7 @@ class ALDRState(nn.Module):
         margin_in_weights: bool = False,
     ) -> None:
         super().__init__()
-        check_range("num_items", num_items, at_least=1)
+        check_count("num_items", num_items)
         _check_setting(initial_temperature, alpha)
         check_range("margin", margin, at_least=0.0)
         self.initial_temperature = initial_temperature

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
     check_mask,
     check_not_empty,
@@ -191,7 +192,7 @@ def gairat_weights(
     """
     check_shape("kappa", kappa, (None,))
     check_not_empty("kappa", kappa)
-    check_range("steps", steps, at_least=1)
+    check_count("steps", steps)
     check_choice("kind", kind, ("tanh", "sigmoid", "discrete"))
     check_choice("normalize", normalize, ("mean", "none"))
     check_mask(mask, kappa)

@@ -15,7 +15,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_floating, check_not_empty, check_range
+from steelyard._checks import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_floating,
+    check_not_empty,
+    check_range,
+)
 from steelyard.classification._implicit import attach_gradient
 from steelyard.classification.doubly_robust import ItemLoss, item_losses
 
@@ -230,11 +237,12 @@ def log_barrier_attack(
 
     Source: Sow et al. (2023), Eq. 7, arXiv:2308.00311.
     """
+    check_callable(model=model)
     _check_inputs(x, bounds)
     check_range("epsilon", epsilon, above=0.0)
     check_range("barrier", barrier, above=0.0)
     check_range("gamma", gamma, at_least=0.0)
-    check_range("steps", steps, at_least=0)
+    check_count("steps", steps, at_least=0)
     check_range("step_size", step_size, at_least=0.0)
     check_choice("implicit", implicit, ("none", "diagonal", "exact"))
     x = x.detach()
@@ -284,7 +292,9 @@ def _pgd(
     _check_inputs(x, bounds)
     check_range("epsilon", epsilon, at_least=0.0)
     check_range("step_size", step_size, at_least=0.0)
-    check_range("steps", steps, at_least=0)
+    check_count("steps", steps, at_least=0)
+    if steps > 0:  # the start alone needs no model
+        check_callable(model=model)
     check_choice("norm", norm, ("linf", "l2"))
     x = x.detach()
     kappa = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)

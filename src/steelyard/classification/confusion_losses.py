@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from steelyard._checks import (
+    check_callable,
     check_choice,
     check_floating,
     check_mask,
@@ -148,6 +149,7 @@ def anyloss(
     Source: Han et al. (2024), Sec. 3, arXiv:2405.14745. The batch's own number of items is used;
     the released Keras losses take that of the training set.
     """
+    check_callable(metric=metric)
     check_range("threshold", threshold)
     values, target = _checked("probs", probs, labels, amplification, mask)
     cells = _cells(amplification * (values - threshold), target, mask)
@@ -198,6 +200,7 @@ def anyloss_with_logits(
 
     Source: Han et al. (2024), Sec. 3, arXiv:2405.14745; ``"logit"`` is derived.
     """
+    check_callable(metric=metric)
     check_range("threshold", threshold, above=0.0, below=1.0)
     check_choice("amplify", amplify, ("probability", "logit"))
     values, target = _checked("logits", logits, labels, amplification, mask)
@@ -265,6 +268,7 @@ def multiclass_anyloss(
 
     Source: derived from Han et al. (2024), Sec. 3, arXiv:2405.14745, which treats two classes.
     """
+    check_callable(metric=metric)
     check_logits("probs", probs)
     check_range("amplification", amplification, above=0.0)
     check_range("threshold", threshold)

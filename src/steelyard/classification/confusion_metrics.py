@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from steelyard._checks import check_range
+from steelyard._checks import check_floating, check_range
 
 __all__ = [
     "ACCURACY",
@@ -54,6 +54,7 @@ class ConfusionMetric:
 
     def __call__(self, tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> Tensor:
         """Return the metric of these cells, in their shape."""
+        check_floating(tp=tp, fp=fp, fn=fn, tn=tn)
         return self.formula(tp, fp, fn, tn)
 
 

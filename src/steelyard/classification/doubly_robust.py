@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from steelyard._checks import (
+    check_callable,
     check_floating,
+    check_integer_dtype,
     check_mask,
     check_not_empty,
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import accumulation_dtype
 from steelyard.classification._tempered import check_temperature, soft_maximum, soft_weights
@@ -271,6 +274,8 @@ def doubly_robust_step(
 
     Source: Sow et al. (2023), Algorithm 1, arXiv:2308.00311.
     """
+    check_callable(model=model, attack=attack)
+    check_tensor("x", x)
     check_temperature("temperature", temperature)
     attacked = attack(model, x, y)
     losses = item_losses(model(attacked), y, loss)
@@ -289,7 +294,9 @@ def doubly_robust_step(
 def item_losses(logits: Tensor, y: Tensor, loss: ItemLoss | None) -> Tensor:
     """Loss of each item, ``[B]``; cross-entropy if ``loss`` is ``None``."""
     if loss is None:
-        return functional.cross_entropy(logits, y, reduction="none")
+        check_integer_dtype(y=y)
+        check_shape("y", y, (logits.shape[0],))
+        return functional.cross_entropy(logits, y.long(), reduction="none")
     losses = loss(logits, y)
     check_shape("loss(logits, y)", losses, (logits.shape[0],))
     return losses

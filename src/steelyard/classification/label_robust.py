@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from steelyard._checks import check_choice, check_count, check_range
+from steelyard._checks import check_choice, check_count, check_floating, check_range
 from steelyard._reduce import Reduction, accumulation_dtype, reduce_masked
 from steelyard.classification._capped import CappedMaximum, can_cap_quickly
 from steelyard.classification._labels import (
@@ -156,6 +156,7 @@ def ldr_weights(
 
     Source: Zhu et al. (2023), Sec. 4, arXiv:2112.14869; for ``top_k > 1`` derived.
     """
+    check_floating(logits=logits)
     gaps = checked_gaps(logits.detach(), labels, margin, None)
     _check_setting(gaps, temperature, top_k)
     return _ldr_weights(gaps, temperature, top_k).to(logits.dtype)

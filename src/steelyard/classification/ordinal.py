@@ -290,6 +290,8 @@ def _data(X: Any, y: Any, sample_weight: Any, *, standardize: bool) -> Data:
         raise ValueError(f"y must have shape [{len(x)}], got {list(label.shape)}")
     if label.min() < 0:
         raise ValueError(f"y must be in 0..K-1, got {label.min()}")
+    if label.max() >= len(x):
+        raise ValueError(f"y must be in 0..K-1, each class present, got {label.max()}")
     weight = np.ones(len(x)) if sample_weight is None else _numbers("sample_weight", sample_weight)
     if weight.shape != (len(x),) or weight.min() < 0 or weight.sum() == 0:
         raise ValueError(

@@ -321,7 +321,7 @@ class PrestoClassifierCV(_OrderedClassifier):
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         cv, rarest = self.cv, int(np.bincount(codes[weight > 0]).min())
         if isinstance(cv, int) and not isinstance(cv, bool):
-            check_range("cv", cv, at_least=2)
+            check_count("cv", cv, at_least=2)
             if rarest < 2:
                 raise ValueError(
                     "each of the classes must have at least 2 rows for cross-validation, got 1"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_not_empty, check_range, check_shape
 from steelyard._reduce import accumulation_dtype
 
 
@@ -128,7 +128,7 @@ class GaussianMixture:
         Raises:
             ValueError: ``n`` is below 1.
         """
-        check_range("n", n, at_least=1)
+        check_count("n", n)
         chosen = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         shape = (n, self.means.shape[1])
         noise = torch.randn(

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_range, check_shape
+from steelyard._checks import check_callable, check_choice, check_count, check_range, check_shape
 from steelyard._reduce import widen
 from steelyard.diffusion._time import DataAt, check_items, toward_noise
 
@@ -61,7 +61,7 @@ def flow_times(
 
     Source: Xue et al. (2025), released code, arXiv:2509.25050.
     """
-    check_range("steps", steps, at_least=1)
+    check_count("steps", steps)
     check_range("shift", shift, above=0.0)
     check_choice("data_at", data_at, (0, 1))
     tau = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
@@ -118,6 +118,7 @@ def sample_ode(
 
     Source: Karras et al. (2022), Algorithm 1, arXiv:2206.00364.
     """
+    check_callable(velocity_fn=velocity_fn)
     check_items(x=x)
     check_choice("method", method, ("heun", "euler"))
     check_choice("data_at", data_at, (0, 1))
@@ -183,6 +184,7 @@ def sample_sde(
 
     Source: Liu et al. (2025), Eq. 8 and 9, arXiv:2505.05470.
     """
+    check_callable(velocity_fn=velocity_fn)
     check_items(x=x)
     check_choice("data_at", data_at, (0, 1))
     if not callable(noise_level):
@@ -229,6 +231,8 @@ def _monotone(times: Tensor | Sequence[float]) -> list[float]:
     """Return the times as floats after checking that they are a grid in [0, 1]."""
     if isinstance(times, Tensor):
         check_shape("times", times, (None,))
+    elif not isinstance(times, Sequence):
+        raise TypeError(f"times must be a tensor or a sequence, got {type(times).__name__}")
     grid = [float(t) for t in times]
     if len(grid) < 2:
         raise ValueError(f"times must have two or more entries, got {len(grid)}")

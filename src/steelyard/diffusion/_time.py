@@ -29,13 +29,11 @@ DataAt = Literal[0, 1]
 Times = float | Tensor
 
 
-def check_items(**tensors: Tensor | None) -> None:
+def check_items(**tensors: Tensor) -> None:
     """Require floating tensors ``[B, *D]`` of one shape with at least one element."""
     check_floating(**tensors)
     check_same_shape(**tensors)
     name, first = next(iter(tensors.items()))
-    if first is None:
-        raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
     if first.dim() == 0:
         raise ValueError(f"{name} must have shape [B, *D], got []")
     check_not_empty(name, first)

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import check_choice, check_range, given
 from steelyard._reduce import widen
 from steelyard.diffusion._samplers import denoising_mean
 from steelyard.diffusion._time import (
@@ -103,7 +103,7 @@ def flow_grpo_step(
 
     Source: Liu et al. (2025), Eq. 9, arXiv:2505.05470.
     """
-    check_items(x=x, velocity=velocity, x_prev=x_prev)
+    check_items(x=x, velocity=velocity, **given(x_prev=x_prev))
     now, after, variance = _flow_schedule(x, t, t_prev, noise_level)
     mean = denoising_mean(widen(x), widen(velocity), now, after, variance)
     return _gaussian_step(mean, (variance * (now - after)).sqrt(), x.dtype, x_prev, generator)
@@ -230,7 +230,7 @@ def ddpo_step(
     Source: Song et al. (2021), Eq. 12 and 16, arXiv:2010.02502; Black et al. (2023), Sec. 4,
     arXiv:2305.13301.
     """
-    check_items(x=x, eps_pred=eps_pred, x_prev=x_prev)
+    check_items(x=x, eps_pred=eps_pred, **given(x_prev=x_prev))
     check_range("eta", eta, at_least=0.0, at_most=1.0)
     if not isinstance(alphabar, Tensor):
         check_range("alphabar", alphabar, above=0.0, below=1.0)

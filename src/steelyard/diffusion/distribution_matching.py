@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_not_empty, check_range, check_shape
 from steelyard._reduce import Reduction, reduce_masked, widen
 from steelyard.diffusion._gaussian_mixture import GaussianMixture
 from steelyard.diffusion._time import as_column, check_items, item_mean
 from steelyard.divergences import FDivergence
+from steelyard.divergences.f_divergences import check_divergence
 
 __all__ = [
     "GaussianMixture",
@@ -88,6 +89,7 @@ def f_distill_weight(
 
     Source: Xu et al. (2025), Theorem 1 and Table 1, arXiv:2502.15681.
     """
+    check_divergence(divergence)
     check_floating(log_ratio=log_ratio)
     check_shape("log_ratio", log_ratio, (None,))
     check_not_empty("log_ratio", log_ratio)
@@ -164,7 +166,7 @@ class RatioNormalizer(nn.Module):
         t_max: float = 1.0,
     ) -> None:
         super().__init__()
-        check_range("bins", bins, at_least=1)
+        check_count("bins", bins)
         check_range("ema", ema, at_least=0.0, below=1.0)
         check_range("lower", lower, above=0.0)
         check_range("upper", upper, above=lower)
@@ -434,7 +436,7 @@ def karras_sigmas(
 
     Source: Karras et al. (2022), Eq. 5, arXiv:2206.00364.
     """
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     check_range("sigma_min", sigma_min, above=0.0)
     check_range("sigma_max", sigma_max, above=sigma_min)
     check_range("rho", rho, above=0.0)

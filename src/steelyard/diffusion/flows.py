@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_floating, check_not_empty, check_shape
+from steelyard._checks import check_choice, check_floating, check_not_empty, check_shape, given
 from steelyard._reduce import widen
 from steelyard.diffusion._samplers import flow_times, sample_ode, sample_sde
 from steelyard.diffusion._time import (
@@ -406,7 +406,7 @@ def finite_data_velocity(
     ParetoFlow, arXiv:2412.03718 (``data_at=1``); enumeration of the conditional expectation.
     """
     refuse_end(t, data_at, _NO_NOISE_SHARE)
-    check_floating(x=x, data=data, probs=probs)
+    check_floating(x=x, data=data, **given(probs=probs))
     check_shape("x", x, (None, None))
     check_not_empty("x", x)
     check_shape("data", data, (None, x.shape[1]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_callable,
     check_choice,
     check_count,
     check_floating,
@@ -201,6 +202,7 @@ def information_gain_scores(
 
     Source: Yang et al. (2026), arXiv:2602.18176, in the form of the released code.
     """
+    check_callable(model=model)
     check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None,))
     check_not_empty("tokens", tokens)
@@ -318,6 +320,7 @@ def masked_nelbo(
     Source: Ou et al. (2024), arXiv:2406.03736, for the equality; Yang et al. (2026),
     arXiv:2602.18176.
     """
+    check_callable(model=model)
     check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None, None))
     check_not_empty("tokens", tokens)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_callable,
     check_choice,
     check_count,
     check_integer_dtype,
@@ -134,6 +135,7 @@ def decode_masked(
     Source: Yang et al. (2026), arXiv:2602.18176; confidence and margin: LLaDA, arXiv:2502.09992,
     and Dream, arXiv:2508.15487.
     """
+    check_callable(model=model)
     check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None,))
     check_not_empty("tokens", tokens)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_callable,
     check_choice,
     check_count,
     check_floating,
@@ -119,6 +120,7 @@ def guided_velocity(
 
     Source: Yuan et al. (2025), Eq. 5, 6 and 9, arXiv:2412.03718; ``"full"`` is derived.
     """
+    check_callable(velocity_fn=velocity_fn, predictors=predictors)
     check_floating(x=x, weights=weights)
     check_shape("x", x, (None, None))
     check_not_empty("x", x)

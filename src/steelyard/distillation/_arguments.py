@@ -11,12 +11,19 @@ from steelyard._checks import (
 )
 
 
-def check_pair(student: Tensor, teacher: Tensor, dims: int) -> None:
+def check_pair(
+    student: Tensor,
+    teacher: Tensor,
+    dims: int,
+    *,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+) -> None:
     """Require two non-empty logit tensors of one shape; the last dimension is classes."""
-    check_floating(student_logits=student, teacher_logits=teacher)
-    check_shape("student_logits", student, (None,) * dims)
-    check_same_shape(student_logits=student, teacher_logits=teacher)
-    check_not_empty("student_logits", student)
+    named = dict(zip(names, (student, teacher), strict=True))
+    check_floating(**named)
+    check_shape(names[0], student, (None,) * dims)
+    check_same_shape(**named)
+    check_not_empty(names[0], student)
 
 
 def check_labels(name: str, labels: Tensor, shape: tuple[int, ...]) -> None:

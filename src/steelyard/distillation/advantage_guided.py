@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_mask,
     check_not_empty,
@@ -122,7 +123,7 @@ def teacher_advantage(
     excluded = (aligned == -torch.inf) & (before == -torch.inf)
     advantage = torch.where(excluded, 0.0, aligned - before)
     if top_k is not None:
-        check_range("top_k", top_k, at_least=1)
+        check_count("top_k", top_k)
         best = aligned.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
         kept = torch.zeros_like(advantage, dtype=torch.bool).scatter(-1, best, True)
         advantage = torch.where(kept, advantage, 0.0)

@@ -47,7 +47,7 @@ def kd_loss(
 
     Source: arXiv:1503.02531; constants of arXiv:2506.12542.
     """
-    check_pair(student, teacher, 2)
+    check_pair(student, teacher, 2, names=("student", "teacher"))
     check_labels("labels", labels, (student.shape[0],))
     check_range("alpha", alpha, at_least=0.0, at_most=1.0)
     check_range("temperature", temperature, above=0.0)
@@ -102,7 +102,7 @@ def dist_loss(
 
     Source: arXiv:2205.10536.
     """
-    check_pair(student, teacher, 2)
+    check_pair(student, teacher, 2, names=("student", "teacher"))
     check_labels("labels", labels, (student.shape[0],))
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
         check_range(name, value, at_least=0.0)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import check_choice, check_count, check_range
 from steelyard._reduce import widen
 from steelyard.distillation._arguments import check_pair
 from steelyard.divergences import sinkhorn_plan
@@ -70,7 +70,7 @@ def sinkhorn_kd_loss(
     check_choice("gradient", gradient, ("unroll", "detach"))
     check_range("temperature", temperature, above=0.0)
     check_range("epsilon", epsilon, above=0.0)
-    check_range("num_iterations", num_iterations, at_least=1)
+    check_count("num_iterations", num_iterations)
     check_range("p", p, at_least=1.0)
     student = (widen(student_logits) / temperature).softmax(1)
     teacher = (widen(teacher_logits.detach()) / temperature).softmax(1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from steelyard._checks import check_range
+from steelyard._checks import check_count
 
 # Entries of one block of pairs. At 4 MB in float64 it stays in cache, which is also fastest.
 _BLOCK_ENTRIES = 2**19
@@ -23,7 +23,7 @@ def block_rows(columns: int, block_size: int | None = None) -> int:
     """
     if block_size is None:
         return max(_LEAST_ROWS, _BLOCK_ENTRIES // max(columns, 1))
-    check_range("block_size", block_size, at_least=1)
+    check_count("block_size", block_size)
     return block_size
 
 

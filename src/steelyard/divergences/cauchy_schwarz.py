@@ -25,6 +25,7 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
     check_not_empty,
     check_range,
@@ -393,10 +394,10 @@ def median_bandwidth(x: Tensor, *, max_points: int = 1024) -> Tensor:
     check_floating(x=x)
     check_shape("x", x, (None, None))
     check_not_empty("x", x)
-    check_range("max_points", max_points, at_least=2)
+    check_count("max_points", max_points, at_least=2)
     stride = -(-x.shape[0] // max_points)
     distances = torch.pdist(x.detach()[::stride].to(accumulation_dtype(x.dtype)))
-    distances = distances[distances > 0]
+    distances = distances[~(distances <= 0)]  # NaN stays, and is the answer then
     if distances.numel() == 0:
         return torch.ones_like(x[0, 0])
     return distances.quantile(0.5).to(x.dtype)

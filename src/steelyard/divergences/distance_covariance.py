@@ -153,6 +153,7 @@ def distance_correlation_test(
 
     Source: Shen, Panda and Vogelstein (2022), arXiv:1912.12150.
     """
+    check_floating(x=x, y=y)
     statistic = x.shape[0] * _correlation(x, y, block_size) + 1
     p_value = torch.special.erfc((statistic.clamp(min=0) / 2).sqrt())
     dtype = torch.promote_types(x.dtype, y.dtype)
@@ -250,7 +251,7 @@ def joint_distance_covariance(
     if len(variables) == 2:
         return distance_covariance(*variables, unbiased=unbiased, block_size=block_size)
     columns = _columns(**{f"variables[{k}]": v for k, v in enumerate(variables)})
-    n = _count(columns[0], unbiased)
+    n = _count("variables", columns[0], unbiased)
     block = block_rows(n, block_size)
     dtype = columns[0].dtype
     for column in columns:
@@ -289,7 +290,7 @@ def u_centred_distances(x: Tensor) -> Tensor:
     Source: Szekely and Rizzo (2014), Eq. 2.4, arXiv:1310.2926 (opposite sign).
     """
     (column,) = _columns(x=x)
-    n = _count(column, unbiased=True)
+    n = _count("x", column, unbiased=True)
     column = _centred(column, accumulation_dtype(x.dtype))
     a = distances(column, column)
     row = a.sum(1) / (n - 2)
@@ -299,13 +300,13 @@ def u_centred_distances(x: Tensor) -> Tensor:
 
 def _estimate(x: Tensor, y: Tensor, unbiased: bool, block_size: int | None) -> Tensor:
     x_column, y_column = _columns(x=x, y=y)
-    n = _count(x_column, unbiased)
+    n = _count("x", x_column, unbiased)
     return _covariance(_sums(x_column, y_column, block_rows(n, block_size)), n, unbiased)
 
 
 def _correlation(x: Tensor, y: Tensor, block_size: int | None) -> Tensor:
     x_column, y_column = _columns(x=x, y=y)
-    n = _count(x_column, unbiased=True)
+    n = _count("x", x_column, unbiased=True)
     sums = _sums(x_column, y_column, block_rows(n, block_size))
     covariance = _covariance(sums, n, unbiased=True)
     variance = _variance(x_column, sums.x_rows) * _variance(y_column, sums.y_rows)
@@ -406,9 +407,11 @@ def _columns(**variables: Tensor) -> list[Tensor]:
     return columns
 
 
-def _count(column: Tensor, unbiased: bool) -> int:
+def _count(name: str, column: Tensor, unbiased: bool) -> int:
     n, least = column.shape[0], _MIN_UNBIASED if unbiased else 1
     if n < least:
         form = "unbiased" if unbiased else "plug-in"
-        raise ValueError(f"the {form} form needs N >= {least} items, got N = {n}")
+        raise ValueError(
+            f"{name} is too short: the {form} form needs N >= {least} items, got N = {n}"
+        )
     return n

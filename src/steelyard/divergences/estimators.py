@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_floating, check_not_empty, check_shape
+from steelyard._checks import check_choice, check_floating, check_not_empty, check_shape, given
 from steelyard._reduce import accumulation_dtype
-from steelyard.divergences.f_divergences import FDivergence
+from steelyard.divergences.f_divergences import FDivergence, check_divergence
 
 
 def monte_carlo_divergence(
@@ -53,7 +53,8 @@ def monte_carlo_divergence(
 
     Source: Go et al. (2023), section 4 and appendix, arXiv:2302.08215.
     """
-    check_floating(log_ratio=log_ratio, log_weights=log_weights)
+    check_divergence(divergence)
+    check_floating(log_ratio=log_ratio, **given(log_weights=log_weights))
     check_shape("log_ratio", log_ratio, (None,))
     check_not_empty("log_ratio", log_ratio)
     ratio = log_ratio.to(accumulation_dtype(log_ratio.dtype))

@@ -229,6 +229,7 @@ def f_divergence(
 
     Source: Go et al. (2023), section 2, arXiv:2302.08215.
     """
+    check_divergence(divergence)
     check_floating(p_logprobs=p_logprobs, q_logprobs=q_logprobs)
     check_same_shape(p_logprobs=p_logprobs, q_logprobs=q_logprobs)
     _check_dim(p_logprobs, dim)
@@ -320,6 +321,8 @@ def skew_jensen_shannon(beta: float, rescaled: bool = False) -> FDivergence:
 
 
 def _raw_skew(beta: float) -> FDivergence:
+    if 1.0 - beta == 1.0:
+        raise ValueError(f"beta must be > 1e-16, else 1 - beta rounds to 1, got {beta}")
     return FDivergence(
         name=f"skew({beta:.12g})",
         dual_name=f"skew({1.0 - beta:.12g})",
@@ -352,13 +355,21 @@ def _log(t: Tensor) -> Tensor:
 def _in_accumulation_dtype(function: Callable[..., Tensor], **tensors: Tensor) -> Tensor:
     check_floating(**tensors)
     check_same_shape(**tensors)
-    given = list(tensors.values())
-    dtype = given[0].dtype if len(given) == 1 else torch.promote_types(*(x.dtype for x in given))
+    values = list(tensors.values())
+    dtype = values[0].dtype if len(values) == 1 else torch.promote_types(*(x.dtype for x in values))
     work = accumulation_dtype(dtype)
-    return function(*(x.to(work) for x in given)).to(dtype)
+    return function(*(x.to(work) for x in values)).to(dtype)
+
+
+def check_divergence(divergence: FDivergence) -> None:
+    """Require an ``FDivergence``."""
+    if not isinstance(divergence, FDivergence):
+        raise TypeError(f"divergence must be an FDivergence, got {type(divergence).__name__}")
 
 
 def _check_dim(values: Tensor, dim: int) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {type(dim).__name__}")
     if not -values.dim() <= dim < values.dim():
         raise ValueError(f"dim must be a dimension of p_logprobs {list(values.shape)}, got {dim}")
     if values.shape[dim] == 0:

@@ -26,6 +26,7 @@ from steelyard._checks import (
     check_not_empty,
     check_range,
     check_shape,
+    given,
 )
 from steelyard._reduce import accumulation_dtype
 from steelyard.divergences._scaling import (
@@ -232,6 +233,8 @@ def sinkhorn_divergence(
     check_shape("cost_yy", cost_yy, (*batch, columns, columns))
 
     check_choice("gradient", gradient, ("exact", "detach"))
+    if not isinstance(start, tuple | list):
+        raise TypeError(f"start must be a sequence of three, got {type(start).__name__}")
     if len(start) != 3:
         raise ValueError(f"start must hold three potentials or None, got {len(start)}")
 
@@ -268,7 +271,7 @@ def _solve(
 ) -> SinkhornPotentials:
     """Check, compute in the accumulation dtype, return in the dtype of the inputs."""
     _check_problem("cost", cost, epsilon, num_iterations, tolerance)
-    check_floating(a=a, b=b, start=start)
+    check_floating(**given(a=a, b=b, start=start))
     dtype = cost.dtype
     for mass in (a, b):
         dtype = dtype if mass is None else torch.promote_types(dtype, mass.dtype)

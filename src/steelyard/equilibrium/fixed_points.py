@@ -8,7 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_not_empty, check_range
+from steelyard._checks import (
+    check_callable,
+    check_count,
+    check_not_empty,
+    check_range,
+    check_tensor,
+)
 
 Field = Callable[[Tensor], Tensor]
 
@@ -48,7 +54,7 @@ def relax(
     """
     check_range("rate", rate, above=0.0, at_most=1.0)
     check_range("tolerance", tolerance, above=0.0)
-    check_range("max_iterations", max_iterations, at_least=1)
+    check_count("max_iterations", max_iterations)
     check_not_empty("start", start)
     with torch.no_grad():
         u = start.detach()
@@ -100,7 +106,7 @@ def fixed_point(
     """
     check_state("start", start)
     check_range("tolerance", tolerance, above=0.0)
-    check_range("max_iterations", max_iterations, at_least=1)
+    check_count("max_iterations", max_iterations)
     with torch.no_grad():
         u = start.detach().clone()
         value = evaluate(field, u)
@@ -153,6 +159,7 @@ def jacobian(field: Field, u: Tensor) -> Tensor:
 
 def evaluate(field: Field, u: Tensor) -> Tensor:
     """Evaluate a field and check the shape of what it returns."""
+    check_callable(field=field)
     value = field(u)
     if value.shape != u.shape:
         raise ValueError(
@@ -163,8 +170,7 @@ def evaluate(field: Field, u: Tensor) -> Tensor:
 
 def check_state(name: str, u: Tensor) -> None:
     """Require a non-empty floating or complex tensor with at least one dimension."""
-    if not isinstance(u, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(u).__name__}")
+    check_tensor(name, u)
     if not (u.is_floating_point() or u.is_complex()):
         raise TypeError(f"{name} must have a floating or complex dtype, got {u.dtype}")
     if u.dim() == 0:

@@ -10,9 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_floating, check_range, check_shape
+from steelyard._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_integer_dtype,
+    check_range,
+    check_shape,
+    given,
+)
 from steelyard._reduce import Reduction, reduce_masked
 from steelyard.equilibrium.activations import holomorphic_sigmoid
+from steelyard.equilibrium.fixed_points import check_state
 from steelyard.equilibrium.propagation import METHODS, Method, circle_estimate
 
 RELAXATIONS, NEWTON_STEPS = 200, 60
@@ -71,7 +80,8 @@ class EquilibriumNetwork(nn.Module):
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_floating(weight=weight, bias=bias, readout=readout, readout_bias=readout_bias)
+        check_floating(weight=weight, bias=bias, readout=readout)
+        check_floating(**given(readout_bias=readout_bias))
         check_shape("bias", bias, (None,))
         count = bias.shape[0]
         check_shape("weight", weight, (count, count))
@@ -98,6 +108,10 @@ class EquilibriumNetwork(nn.Module):
 
     def field(self, u: Tensor, drive: Tensor) -> Tensor:
         """Return ``W sigma(u) + b + drive - u``, ``[B, n]``; zero at rest."""
+        check_state("u", u)
+        check_state("drive", drive)
+        if drive.shape != u.shape:
+            raise ValueError(f"drive must have shape {list(u.shape)}, got {list(drive.shape)}")
         weight = self.connections().to(u.dtype)
         return self.activation(u) @ weight.mT + self.bias + drive - u
 
@@ -116,6 +130,7 @@ class EquilibriumNetwork(nn.Module):
             RuntimeError: an item does not settle.
         """
         self._check("drive", drive)
+        check_range("tolerance", tolerance, at_least=0.0)
         u = torch.zeros_like(drive)
         for _ in range(RELAXATIONS):
             push = self.field(u, drive)
@@ -126,6 +141,7 @@ class EquilibriumNetwork(nn.Module):
 
     def logits(self, u: Tensor) -> Tensor:
         """Read the last units of states ``[B, n]``: logits ``[B, K]``."""
+        check_state("u", u)
         read = self.activation(u)[..., -self.readout.shape[1] :]
         out = read @ self.readout.to(read.dtype).mT
         logits: Tensor = out if self.readout_bias is None else out + self.readout_bias
@@ -141,7 +157,8 @@ class EquilibriumNetwork(nn.Module):
         """
         self._check("u", u)
         check_shape("target", target, (u.shape[0],))
-        losses = nn.functional.cross_entropy(self.logits(u), target, reduction="none")
+        check_integer_dtype(target=target)
+        losses = nn.functional.cross_entropy(self.logits(u), target.long(), reduction="none")
         return reduce_masked(losses, None, reduction)
 
     @torch.no_grad()
@@ -178,7 +195,7 @@ class EquilibriumNetwork(nn.Module):
         check_shape("drive", drive, tuple(u.shape))
         check_shape("target", target, (u.shape[0],))
         if method == "cauchy":
-            check_range("points", points, at_least=1)
+            check_count("points", points)
             check_range("beta", beta, above=0.0)
             tolerance = 64 * torch.finfo(u.dtype).eps
 

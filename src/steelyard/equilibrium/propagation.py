@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_range, check_shape
+from steelyard._checks import check_choice, check_count, check_range, check_shape
 from steelyard.equilibrium.fixed_points import Field, check_state, evaluate, fixed_point, jacobian
 
 Method = Literal["exact", "cauchy", "backprop"]
@@ -89,7 +89,7 @@ def error_vector(
         return state if activation is None else activation(state)
 
     if method == "cauchy":
-        check_range("points", points, at_least=1)
+        check_count("points", points)
         check_range("beta", beta, above=0.0)
         settle = partial(_nudged, field, loss_gradient, activity)
         return circle_estimate(settle, activity, u, points, beta)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
     check_integer_dtype,
     check_not_empty,
@@ -186,7 +187,7 @@ def polynomial_features(x: Tensor, degree: int) -> Tensor:
     Source: code of Bekkers et al. (2024), arXiv:2310.02970.
     """
     check_floating(x=x)
-    check_range("degree", degree, at_least=1)
+    check_count("degree", degree)
     if x.dim() == 0:
         raise ValueError("x must have shape [.., F], got []")
     powers = [x]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_not_empty,
     check_range,
@@ -149,7 +150,7 @@ class ChargedParticles:
         """
         _check_particles(pos, charge)
         check_same_shape(pos=pos, vel=vel)
-        check_range("steps", steps, at_least=0)
+        check_count("steps", steps, at_least=0)
         if kick:
             vel = vel + self.dt * self.force(pos, charge)
         for _ in range(steps):
@@ -178,8 +179,8 @@ class ChargedParticles:
         Raises:
             ValueError: shapes that do not fit, ``count`` or ``every`` < 1.
         """
-        check_range("count", count, at_least=1)
-        check_range("every", every, at_least=1)
+        check_count("count", count)
+        check_count("every", every)
         positions, velocities = [], []
         for k in range(count):
             before = self.advance(pos, vel, charge, every - 1, kick=k == 0)
@@ -216,7 +217,7 @@ class ChargedParticles:
             ValueError: a number < 1.
         """
         for name, value in (("systems", systems), ("particles", particles), ("dim", dim)):
-            check_range(name, value, at_least=1)
+            check_count(name, value)
         device = None if generator is None else generator.device
         shape = (systems, particles, dim)
         pos = torch.randn(shape, generator=generator, dtype=dtype, device=device)

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from steelyard._checks import check_choice, check_floating, check_not_empty, check_range
+from steelyard._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_not_empty,
+    check_shape,
+    check_tensor,
+)
 
 __all__ = ["lift_tensor", "lift_vector", "orientation_grid", "read_tensor", "read_vector"]
 
@@ -72,7 +79,7 @@ def orientation_grid(
     Source: Bekkers et al. (2024), arXiv:2310.02970; the solids and the
     fixed start are ours.
     """
-    check_range("count", count, at_least=1)
+    check_count("count", count)
     check_choice("dim", dim, (2, 3))
     if dim == 2:
         check_choice("kind", kind, (None, "uniform"))
@@ -109,6 +116,8 @@ def lift_vector(v: Tensor, grid: Tensor) -> Tensor:
 
     Source: Bekkers et al. (2024), arXiv:2310.02970.
     """
+    check_tensor("grid", grid)
+    check_shape("grid", grid, (None, None))
     _check_on_grid("v", v, grid, (grid.shape[-1],))
     return torch.einsum("...n,on->...o", v, grid.to(v.dtype))
 
@@ -135,6 +144,8 @@ def lift_tensor(A: Tensor, grid: Tensor) -> Tensor:
 
     Source: derived, as :func:`lift_vector`.
     """
+    check_tensor("grid", grid)
+    check_shape("grid", grid, (None, None))
     _check_on_grid("A", A, grid, (grid.shape[-1],) * 2)
     directions = grid.to(A.dtype)
     return torch.einsum("om,...mn,on->...o", directions, A, directions)
@@ -164,6 +175,7 @@ def read_vector(c: Tensor, grid: Tensor) -> Tensor:
 
     Source: Bekkers et al. (2024), arXiv:2310.02970.
     """
+    check_shape("grid", grid, (None, None))
     _check_on_grid("c", c, grid, (grid.shape[0],))
     return torch.einsum("...o,on->...n", c, grid.to(c.dtype)) / grid.shape[0]
 
@@ -193,6 +205,7 @@ def read_tensor(c: Tensor, grid: Tensor) -> Tensor:
 
     Source: derived, as :func:`read_vector`.
     """
+    check_shape("grid", grid, (None, None))
     _check_on_grid("c", c, grid, (grid.shape[0],))
     directions = grid.to(c.dtype)
     return torch.einsum("...o,om,on->...mn", c, directions, directions) / grid.shape[0]

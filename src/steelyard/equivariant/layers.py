@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from steelyard._checks import check_floating, check_not_empty, check_same_shape, check_shape
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_not_empty,
+    check_range,
+    check_same_shape,
+    check_shape,
+)
 from steelyard._reduce import accumulation_dtype
 from steelyard.equivariant.attributes import check_edge_index, polynomial_features
 
@@ -175,6 +182,18 @@ class Geometry(NamedTuple):
     """Basis of the kernel at the receiver's direction, ``[E, O, B]``."""
 
 
+def _check_bundle(x: Tensor, geometry: Geometry) -> None:
+    check_floating(x=x)
+    check_shape("x", x, (None, None, None))
+    if not isinstance(geometry, Geometry):
+        raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        check_count(name, size)
+
+
 class KernelBasis(nn.Module):
     """Functions of the invariants that the kernels of all layers are combined from.
 
@@ -194,6 +213,7 @@ class KernelBasis(nn.Module):
 
     def __init__(self, attributes: int, hidden: int, basis: int, degree: int) -> None:
         super().__init__()
+        _check_sizes(attributes=attributes, hidden=hidden, basis=basis, degree=degree)
         features = sum(attributes**power for power in range(1, degree + 1))
         self.degree = degree
         self.first = nn.Linear(features, hidden)
@@ -201,6 +221,7 @@ class KernelBasis(nn.Module):
 
     def forward(self, attributes: Tensor) -> Tensor:
         """Map ``[.., A]`` to ``[.., B]``."""
+        check_floating(attributes=attributes)
         inner = functional.gelu(self.first(polynomial_features(attributes, self.degree)))
         return functional.gelu(self.second(inner))
 
@@ -228,6 +249,7 @@ class BundleConvolution(nn.Module):
 
     def __init__(self, hidden: int, basis: int, *, fiber: bool, receiver: bool) -> None:
         super().__init__()
+        _check_sizes(hidden=hidden, basis=basis)
         self.spatial = nn.Linear(basis, hidden, bias=False)
         self.fiber = nn.Linear(basis, hidden, bias=False) if fiber else None
         self.receiver = nn.Linear(basis, hidden, bias=False) if receiver else None
@@ -238,6 +260,7 @@ class BundleConvolution(nn.Module):
         return self._convolve(x, geometry) + self.bias
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
+        _check_bundle(x, geometry)
         edges, kernel = geometry.edge_index, self.spatial(geometry.spatial)
         if self.fiber is None:
             return _sum_over_neighbours(x, kernel, edges).to(x.dtype)
@@ -253,6 +276,7 @@ class BundleConvolution(nn.Module):
     @torch.no_grad()
     def calibrate(self, x: Tensor, geometry: Geometry) -> None:
         """Scale the kernels so that each step keeps the standard deviation of ``x``."""
+        _check_bundle(x, geometry)
         spread = x.std()
         kernel = self.spatial(geometry.spatial)
         summed = _sum_over_neighbours(x, kernel, geometry.edge_index).to(x.dtype)
@@ -301,6 +325,10 @@ class PonitaBlock(nn.Module):
         layer_scale: float | None,
     ) -> None:
         super().__init__()
+        _check_sizes(hidden=hidden, basis=basis, widening=widening)
+        if layer_scale is not None:
+            check_range("layer_scale", layer_scale)
+            layer_scale = float(layer_scale)
         self.convolution = BundleConvolution(hidden, basis, fiber=fiber, receiver=receiver)
         self.norm = nn.LayerNorm(hidden, eps=NORM_EPS)
         self.first = nn.Linear(hidden, widening * hidden)

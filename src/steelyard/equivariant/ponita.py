@@ -14,7 +14,14 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_floating, check_range, check_shape
+from steelyard._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_range,
+    check_shape,
+    given,
+)
 from steelyard.equivariant._elements import Elements, count_of, lift, mean_at, pairs_of_elements
 from steelyard.equivariant.attributes import (
     Invariants,
@@ -147,11 +154,11 @@ class Ponita(nn.Module):
         _check_counts(in_scalars, in_vectors, out_scalars, out_vectors, orientations)
         positive = {"hidden": hidden, "layers": layers, "basis": basis, "degree": degree}
         for name, value in {**positive, "widening": widening}.items():
-            check_range(name, value, at_least=1)
+            check_count(name, value)
         check_choice("dim", dim, (2, 3))
         check_choice("invariants", invariants, ("paper", "complete"))
         check_choice("pool", pool, ("none", "sum", "mean"))
-        check_range("envelope_exponent", envelope_exponent, at_least=1)
+        check_count("envelope_exponent", envelope_exponent)
         if radius is not None:
             check_range("radius", radius, above=0.0)
         self.in_scalars, self.in_vectors = in_scalars, in_vectors
@@ -307,15 +314,15 @@ class Ponita(nn.Module):
         check_points(pos)
         check_shape("pos", pos, (None, self.dim))
         check_batch(batch, pos)
-        check_floating(x=x, vec=vec)
+        check_floating(**given(x=x, vec=vec))
         wanted = (("x", x, (self.in_scalars,)), ("vec", vec, (self.in_vectors, self.dim)))
-        for name, given, shape in wanted:
-            if shape[0] == 0 and given is not None:
-                raise ValueError(f"{name} must be None for this model, got {list(given.shape)}")
-            if shape[0] > 0 and given is None:
+        for name, features, shape in wanted:
+            if shape[0] == 0 and features is not None:
+                raise ValueError(f"{name} must be None for this model, got {list(features.shape)}")
+            if shape[0] > 0 and features is None:
                 raise ValueError(f"{name} must have {shape[0]} channels, got None")
-            if given is not None:
-                check_shape(name, given, (len(pos), *shape))
+            if features is not None:
+                check_shape(name, features, (len(pos), *shape))
 
     def _edges(self, pos: Tensor, edge_index: Tensor | None, batch: Tensor | None) -> _Edges:
         if edge_index is None:
@@ -407,7 +414,7 @@ def _check_counts(
     counts = {"in_scalars": in_scalars, "in_vectors": in_vectors}
     counts |= {"out_scalars": out_scalars, "out_vectors": out_vectors}
     for name, value in counts.items():
-        check_range(name, value, at_least=0)
+        check_count(name, value, at_least=0)
     if in_scalars + in_vectors == 0:
         raise ValueError("in_scalars + in_vectors must be >= 1, got 0")
     if out_scalars + out_vectors == 0:
@@ -415,7 +422,7 @@ def _check_counts(
     if isinstance(orientations, str):
         check_choice("orientations", orientations, ("edges",))
         return
-    check_range("orientations", orientations, at_least=0)
+    check_count("orientations", orientations, at_least=0)
     if orientations == 0 and in_vectors > 0:
         raise ValueError(f"in_vectors must be 0 with orientations=0, got {in_vectors}")
     if orientations == 0 and out_vectors > 0:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_integer_dtype,
     check_range,
@@ -80,7 +81,7 @@ def sample_optimal_iid(
     Source: arXiv:2312.14057, independent sampling (standard).
     """
     phi, mu = check_basis(basis, measure)
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     kernel = phi.square().sum(1)
     indices = draw(mu * kernel, n, generator)
     weights = phi.shape[1] / kernel[indices]
@@ -134,7 +135,7 @@ def sample_projection_dpp(
     Source: arXiv:2312.14057, projection DPP (standard) and its repetition.
     """
     phi, mu = check_basis(basis, measure)
-    check_range("copies", copies, at_least=1)
+    check_count("copies", copies)
     indices = projection_sets(phi, mu, copies, generator).flatten()
     if copies > 1:
         indices = _shuffled(indices, generator)

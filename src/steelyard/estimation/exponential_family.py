@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_floating, check_not_empty, check_shape
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_not_empty,
+    check_same_shape,
+    check_shape,
+    given,
+)
 from steelyard.estimation._family import third_moment
 
 MAX_NODES = 20
@@ -49,7 +56,7 @@ class ExponentialFamily:
     """
 
     def __init__(self, statistics: Tensor, base: Tensor | None = None) -> None:
-        check_floating(statistics=statistics, base=base)
+        check_floating(statistics=statistics, **given(base=base))
         check_shape("statistics", statistics, (None, None))
         check_not_empty("statistics", statistics)
         points, p = statistics.shape
@@ -118,6 +125,8 @@ class ExponentialFamily:
 
     def kl(self, theta: Tensor, other: Tensor) -> Tensor:
         """Return ``KL(g(theta) || g(other))``, ``[...]``, in the Bregman form."""
+        check_floating(theta=theta, other=other)
+        check_same_shape(theta=theta, other=other)
         gap = self.log_normalizer(other) - self.log_normalizer(theta)
         return gap - ((other - theta) * self.mean(theta)).sum(-1)
 

@@ -25,6 +25,7 @@ from steelyard._checks import (
     check_not_empty,
     check_same_shape,
     check_shape,
+    given,
 )
 from steelyard.estimation import _noncentral
 from steelyard.estimation._numbers import (
@@ -171,7 +172,7 @@ def empirical_inductive_bias(
 
     Source: arXiv:2406.15941, Eq. 1; standard error derived.
     """
-    check_floating(errors=errors, weights=weights)
+    check_floating(errors=errors, **given(weights=weights))
     check_shape("errors", errors, (None,))
     check_not_empty("errors", errors)
     check_same_shape(errors=errors, weights=weights)

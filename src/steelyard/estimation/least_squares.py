@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_not_empty, check_range, check_shape
 from steelyard.estimation._numbers import check_law, check_values, narrow_dtype, widen
 
 __all__ = [
@@ -270,7 +270,7 @@ def required_samples(m: int, delta: float, eta: float) -> int:
 
     Source: arXiv:2312.14057, stability of independent sampling (standard).
     """
-    check_range("m", m, at_least=1)
+    check_count("m", m)
     check_range("eta", eta, above=0.0, below=1.0)
     return max(m, math.ceil(m * math.log(m / eta) / chernoff_rate(delta)))
 

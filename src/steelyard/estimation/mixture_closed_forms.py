@@ -9,7 +9,7 @@ Source: Feder, Urbanke, Fogel (2025), arXiv:2506.07661, closed forms derived.
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_not_empty, check_range, check_shape
 from steelyard.estimation._numbers import (
     Number,
     as_wide,
@@ -68,7 +68,7 @@ def bernoulli_regret(truth: Number, n: int, *, a: float = 1.0, b: float = 1.0) -
     """
     (theta,) = as_wide(truth=truth)
     _check_probability("truth", theta)
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     check_range("a", a, above=0.0)
     check_range("b", b, above=0.0)
     heads = torch.arange(n + 1, dtype=theta.dtype, device=theta.device)
@@ -116,7 +116,7 @@ def gaussian_regret(
     theta, s2, t2 = as_wide(
         truth=truth, noise_variance=noise_variance, prior_variance=prior_variance
     )
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     check_values("noise_variance", s2, above=0.0, at_least=0.0)
     check_values("prior_variance", t2, at_least=0.0)
     total = 0.5 * torch.log1p(n * t2 / s2) + n * (theta**2 - t2) / (2 * (s2 + n * t2))

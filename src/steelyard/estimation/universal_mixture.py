@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_integer_dtype,
     check_not_empty,
-    check_range,
     check_same_shape,
     check_shape,
 )
@@ -267,7 +267,7 @@ def soft_bound(kls: Tensor, prior: Tensor, n: int) -> Tensor:
     Source: arXiv:2506.07661, weight theorem (soft form derived).
     """
     _check_bound(kls, prior)
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     evidence = (widen(prior).log() - n * widen(kls)).logsumexp(0)
     return (-evidence / n).to(narrow_dtype(kls, prior))
 
@@ -302,7 +302,7 @@ def ball_bound(kls: Tensor, prior: Tensor, epsilon: Number, n: int) -> Tensor:
 
     Source: arXiv:2506.07661, weight theorem.
     """
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     (radius,) = as_wide(epsilon=epsilon)
     weight = hypothesis_weight(widen(kls), widen(prior), radius)
     return (radius - weight.log() / n).to(narrow_dtype(kls, prior))
@@ -368,7 +368,7 @@ def _known_symbols(
     check_floating(truth=truth)
     check_shape("truth", truth, (models.shape[1],))
     check_law("truth", truth)
-    check_range("n", n, at_least=1)
+    check_count("n", n)
     shown, kept = truth > 0, prior > 0
     log_models = widen(models[kept][:, shown]).log()
     return log_models, widen(prior[kept]).log(), widen(truth[shown]).log()

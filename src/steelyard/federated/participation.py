@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_floating, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_shape
 
 
 class IntervalMoments(NamedTuple):
@@ -67,9 +67,9 @@ class ParticipationWeights(nn.Module):
 
     def __init__(self, num_clients: int, cutoff: int | None = None) -> None:
         super().__init__()
-        check_range("num_clients", num_clients, at_least=1)
+        check_count("num_clients", num_clients)
         if cutoff is not None:
-            check_range("cutoff", cutoff, at_least=1)
+            check_count("cutoff", cutoff)
         self.cutoff = cutoff
         self.register_buffer("weights", torch.ones(num_clients, dtype=torch.float64))
         self.register_buffer("completed", torch.zeros(num_clients, dtype=torch.int64))
@@ -140,7 +140,7 @@ def interval_moments(probability: Tensor | float, cutoff: int | None = None) -> 
         return IntervalMoments(
             1 / probability, miss / probability.square(), torch.zeros_like(probability)
         )
-    check_range("cutoff", cutoff, at_least=1)
+    check_count("cutoff", cutoff)
     # Sums of positive terms: the closed form of the second moment cancels badly at small p.
     steps = torch.arange(cutoff, dtype=probability.dtype, device=probability.device)
     tails = miss.unsqueeze(-1) ** steps

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_not_empty, check_range, check_shape
 from steelyard.federated.participation import check_probability
 
 
@@ -81,7 +81,7 @@ def markov_participation(
     """
     check_shape("probability", probability, (None,))
     check_not_empty("probability", probability)
-    check_range("rounds", rounds, at_least=1)
+    check_count("rounds", rounds)
     up, down = markov_rates(probability, max_up=max_up)
     draws = torch.rand(rounds, probability.shape[0], dtype=torch.float64, generator=generator).to(
         probability.device
@@ -120,8 +120,8 @@ def cyclic_participation(
     """
     check_probability("probability", probability)
     check_shape("probability", probability, (None,))
-    check_range("rounds", rounds, at_least=1)
-    check_range("period", period, at_least=2)
+    check_count("rounds", rounds)
+    check_count("period", period, at_least=2)
     active = (period * probability).round().clamp(1, period - 1)
     phase = torch.randint(period, (probability.shape[0],), generator=generator)
     time = torch.arange(rounds).unsqueeze(1) + phase

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_floating, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_range, check_shape, given
 
 LOG_ZERO = -1e30
 """Stands for a logit of ``-inf``: its exponential is 0, and 0 times it is 0, not NaN."""
@@ -215,7 +215,7 @@ def check_head(
 ) -> None:
     """Check the shapes and dtypes of one head."""
     names = (f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias")
-    check_floating(**dict(zip(names, (hidden, weight, bias), strict=True)))
+    check_floating(**{names[0]: hidden, names[1]: weight}, **given(**{names[2]: bias}))
     check_shape(names[0], hidden, (None, None))
     check_shape(names[1], weight, (None, hidden.shape[1]))
     if weight.shape[0] == 0:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from steelyard._checks import check_choice, check_shape
 from steelyard._reduce import Reduction
 from steelyard.divergences import FDivergence
+from steelyard.divergences.f_divergences import check_divergence
 from steelyard.fused._blocks import (
     Head,
     HeadGradients,
@@ -103,8 +104,7 @@ def linear_divergence(
     check_shape("q_weight", q_weight, (p_weight.shape[0], None))
     if mask is not None:
         check_shape("mask", mask, (p_hidden.shape[0],))
-    if not isinstance(divergence, FDivergence):
-        raise TypeError(f"divergence must be an FDivergence, got {type(divergence).__name__}")
+    check_divergence(divergence)
     check_chunk_size(chunk_size)
     check_choice("reduction", reduction, ("none", "mean", "sum"))
     heads = (p_weight, p_bias, q_weight, q_bias)

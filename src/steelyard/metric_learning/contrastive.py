@@ -14,6 +14,7 @@ from steelyard._checks import (
     check_floating,
     check_not_empty,
     check_range,
+    check_same_dtype,
     check_same_shape,
     check_shape,
 )
@@ -206,6 +207,7 @@ def barlow_twins_loss(
     Source: Zbontar et al. (2021), Eq. 1, arXiv:2103.03230.
     """
     _check_views(z_a=z_a, z_b=z_b)
+    check_same_dtype(z_a=z_a, z_b=z_b)
     check_range("redundancy", redundancy, at_least=0.0)
     check_range("eps", eps, at_least=0.0)
     if len(z_a) < 2:

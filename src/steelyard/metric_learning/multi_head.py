@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_floating,
     check_not_empty,
     check_range,
@@ -63,7 +64,7 @@ def temperature_penalty(temperature: Tensor, dim: int) -> Tensor:
     Source: Wang et al. (2024), the regulariser of Table 2, arXiv:2310.05615.
     """
     check_floating(temperature=temperature)
-    check_range("dim", dim, at_least=1)
+    check_count("dim", dim)
     wide = widen(temperature)
     return (0.5 * dim * wide.log() + 1 / wide).to(temperature.dtype)
 
@@ -139,8 +140,8 @@ class PairTemperature(nn.Module):
         detach_inputs: bool = False,
     ) -> None:
         super().__init__()
-        check_range("dim", dim, at_least=1)
-        check_range("hidden", hidden, at_least=1)
+        check_count("dim", dim)
+        check_count("hidden", hidden)
         _check_bounds(low, high)
         self.dim, self.low, self.high = dim, low, high
         self.detach_inputs = detach_inputs
@@ -312,7 +313,7 @@ class MultiHeadContrastive(nn.Module):
         super().__init__()
         sizes = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim, "heads": heads}
         for name, size in sizes.items():
-            check_range(name, size, at_least=1)
+            check_count(name, size)
         check_range("beta", beta, at_least=0.0)
         check_choice("mode", mode, ("hard", "soft"))
         self.beta, self.mode = beta, mode
@@ -336,6 +337,7 @@ class MultiHeadContrastive(nn.Module):
             features_a: encoder output for the first views, ``[B, in_dim]``, ``B >= 2``.
             features_b: for the second views, ``[B, in_dim]``.
         """
+        check_floating(features_a=features_a, features_b=features_b)
         check_same_shape(features_a=features_a, features_b=features_b)
         if features_a.dim() != 2 or len(features_a) < 2:
             shape = list(features_a.shape)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steelyard._checks import check_floating, check_groups, check_shape
 from steelyard._extras import require
 from steelyard.metric_learning.operating_points import OPIS, opis
 
@@ -66,6 +67,9 @@ class OPISMetric(_torchmetrics.Metric):  # type: ignore[misc, name-defined]
 
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
         """Store a batch: embeddings ``[N, D]`` and integer labels ``[N]``."""
+        check_floating(embeddings=embeddings)
+        check_shape("embeddings", embeddings, (None, None))
+        check_groups(labels, embeddings, name="labels")
         self.embeddings.append(embeddings.detach())
         self.labels.append(labels)
 

@@ -7,7 +7,13 @@ without a relevant document score 0. Nothing here carries a gradient.
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_floating, check_not_empty, check_same_shape
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_not_empty,
+    check_same_shape,
+    check_tensor,
+)
 from steelyard._reduce import accumulation_dtype
 
 __all__ = ["ndcg", "recall", "reciprocal_rank"]
@@ -110,6 +116,7 @@ def recall(scores: Tensor, relevance: Tensor, k: int) -> Tensor:
 def _ranked(scores: Tensor, relevance: Tensor) -> Tensor:
     """Relevance in the order of the scores, in float32 or better."""
     check_floating(scores=scores)
+    check_tensor("relevance", relevance)
     check_same_shape(scores=scores, relevance=relevance)
     if scores.dim() == 0:
         raise ValueError("scores must have shape [.., N], got []")

@@ -1,5 +1,6 @@
 """What AdamP and SGDP share: checks of gradients, scratch memory, projection, decay and step."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, overload
@@ -26,12 +27,14 @@ class Projected(Optimizer, ABC):
     """An optimiser whose updates of scale-invariant weights stay tangent."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if not isinstance(defaults["lr"], Tensor):
+            check_range("lr", defaults["lr"])
         check_range("lr", float(defaults["lr"]), at_least=0.0)
         check_range("eps", defaults["eps"], at_least=0.0)
         check_range("weight_decay", defaults["weight_decay"], at_least=0.0)
         check_range("wd_ratio", defaults["wd_ratio"], at_least=0.0)
-        if not defaults["delta"] >= 0.0:
-            raise ValueError(f"delta must be >= 0.0, got {defaults['delta']}")
+        if defaults["delta"] != math.inf:  # infinity projects every matrix
+            check_range("delta", defaults["delta"], at_least=0.0)
         super().__init__(params, defaults)
         self._scratch: dict[_Key, Tensor] = {}
 

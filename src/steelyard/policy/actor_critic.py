@@ -14,7 +14,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_same_shape,
+    check_tensor,
+)
 
 __all__ = ["ActorCritic", "cnn_actor_critic", "mlp_actor_critic"]
 
@@ -61,6 +67,8 @@ class ActorCritic(nn.Module):
 
     def evaluate(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability ``[N]`` and entropy ``[N]`` of the actions, and heads ``[N, K]``."""
+        check_tensor("observations", observations)
+        check_tensor("actions", actions)
         features = self.trunk(observations)
         parameters = self.actor(features)
         return (
@@ -71,6 +79,11 @@ class ActorCritic(nn.Module):
 
     def logprob(self, parameters: Tensor, actions: Tensor) -> Tensor:
         """Log-probability ``[N]`` of actions (``[N, A]`` or integer ``[N]``), nats."""
+        check_floating(parameters=parameters)
+        check_tensor("actions", actions)
+        shape = parameters.shape[:-1] if self.log_std is None else parameters.shape
+        if actions.shape != shape:
+            raise ValueError(f"actions must have shape {list(shape)}, got {list(actions.shape)}")
         if self.log_std is None:
             logprobs = parameters.log_softmax(-1)
             return logprobs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
@@ -80,6 +93,7 @@ class ActorCritic(nn.Module):
 
     def entropy(self, parameters: Tensor) -> Tensor:
         """Entropy ``[N]`` of the action law, nats."""
+        check_floating(parameters=parameters)
         if self.log_std is None:
             logprobs = parameters.log_softmax(-1)
             return -(logprobs.exp() * logprobs).sum(-1)
@@ -88,6 +102,10 @@ class ActorCritic(nn.Module):
 
     def noise(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw what :meth:`sample` needs for actions of a leading shape, ahead of time."""
+        if not isinstance(shape, Sequence):
+            raise TypeError(f"shape must be a sequence, got {type(shape).__name__}")
+        for length in shape:
+            check_count("shape", length, at_least=0)
         size = (*shape, self.action_size)
         if self.continuous:
             return torch.randn(size, generator=generator)
@@ -98,6 +116,8 @@ class ActorCritic(nn.Module):
 
         Categorical actions are the largest of logits plus Gumbel noise.
         """
+        check_floating(parameters=parameters, noise=noise)
+        check_same_shape(parameters=parameters, noise=noise)
         if self.log_std is None:
             return (parameters + noise).argmax(-1)
         return parameters + self.log_std.exp() * noise
@@ -136,8 +156,8 @@ def mlp_actor_critic(
         >>> sum(p.numel() for p in mlp_actor_critic(17, 6, continuous=True).parameters())
         11085
     """
-    check_range("observation_size", observation_size, at_least=1)
-    check_range("action_size", action_size, at_least=1)
+    check_count("observation_size", observation_size)
+    check_count("action_size", action_size)
     check_choice("activation", activation, tuple(_ACTIVATIONS))
     check_choice("critic_heads", critic_heads, (1, 2))
 
@@ -176,7 +196,7 @@ def cnn_actor_critic(
         >>> policy.greedy(torch.zeros(2, 4, 84, 84, dtype=torch.uint8)).shape
         torch.Size([2])
     """
-    check_range("num_actions", num_actions, at_least=1)
+    check_count("num_actions", num_actions)
     check_choice("critic_heads", critic_heads, (1, 2))
     channels, height, width = observation_shape
     convolutions = nn.Sequential(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import check_choice, check_floating, check_range, check_shape
 from steelyard.policy.losses import (
     LOG_RATIO_LIMIT,
     bpo_loss,
@@ -93,11 +93,13 @@ class PPO:
 
     def loss(self, log_ratio: Tensor, heads: Tensor, batch: Samples) -> Tensor:
         """Mean loss of policy and critic, without the entropy bonus; 0-d."""
+        _check_batch(log_ratio, heads, batch)
         surrogate = ppo_loss(log_ratio, self._advantages(batch), epsilon=self.epsilon)
         return surrogate + self.value_coef * mse_loss(heads[:, 0], batch.returns)
 
     def slopes(self, log_ratio: Tensor, heads: Tensor, batch: Samples) -> tuple[Tensor, Tensor]:
         """Derivative of :meth:`loss` in the log-ratio ``[N]`` and in the heads ``[N, K]``."""
+        _check_batch(log_ratio, heads, batch)
         advantages = self._advantages(batch)
         ratio = log_ratio.exp()
         # The gradient stops once the ratio has left the band in the advantage's direction.
@@ -149,6 +151,7 @@ class BPO:
 
     def loss(self, log_ratio: Tensor, heads: Tensor, batch: Samples) -> Tensor:
         """Mean loss of policy and critic, without the entropy bonus; 0-d."""
+        _check_batch(log_ratio, heads, batch)
         target, weight = self._target_and_weight(heads, batch)
         loss = bpo_loss(log_ratio, target, weight)
         loss = loss + self.value_coef * mse_loss(heads[:, 0], batch.returns)
@@ -161,6 +164,7 @@ class BPO:
 
     def slopes(self, log_ratio: Tensor, heads: Tensor, batch: Samples) -> tuple[Tensor, Tensor]:
         """Derivative of :meth:`loss` in the log-ratio ``[N]`` and in the heads ``[N, K]``."""
+        _check_batch(log_ratio, heads, batch)
         target, weight = self._target_and_weight(heads, batch)
         ratio = log_ratio.exp()
         slope = (ratio - target).sign_().mul_(ratio).mul_(weight)
@@ -194,6 +198,14 @@ def _check_coefficients(objective: Objective) -> None:
     for name in ("value_coef", "entropy_coef"):
         check_range(name, getattr(objective, name), at_least=0.0)
     check_range("max_grad_norm", objective.max_grad_norm, above=0.0)
+
+
+def _check_batch(log_ratio: Tensor, heads: Tensor, batch: Samples) -> None:
+    check_floating(log_ratio=log_ratio, heads=heads)
+    check_shape("log_ratio", log_ratio, (None,))
+    check_shape("heads", heads, (log_ratio.shape[0], None))
+    if not isinstance(batch, Samples):
+        raise TypeError(f"batch must be Samples, got {type(batch).__name__}")
 
 
 def _value_slope(heads: Tensor, batch: Samples, coefficient: float) -> Tensor:

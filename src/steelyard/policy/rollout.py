@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_range, check_shape
+from steelyard._checks import check_choice, check_count, check_shape
 from steelyard.policy.actor_critic import ActorCritic
 from steelyard.policy.normalization import ObservationNormalizer, RewardNormalizer
 from steelyard.policy.updates import DenseNetwork
@@ -97,8 +97,8 @@ class RolloutCollector:
         observation_normalizer: ObservationNormalizer | None = None,
         reward_normalizer: RewardNormalizer | None = None,
     ) -> None:
-        check_range("steps", steps, at_least=1)
-        check_range("seed", seed, at_least=0)
+        check_count("steps", steps)
+        check_count("seed", seed, at_least=0)
         self.envs, self.policy, self.steps, self.seed = envs, policy, steps, seed
         self.observation_normalizer = observation_normalizer
         self.reward_normalizer = reward_normalizer

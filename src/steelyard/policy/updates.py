@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_range
+from steelyard._checks import check_count, check_range
 from steelyard.policy.actor_critic import HALF_LOG_TWO_PI, ActorCritic
 from steelyard.policy.objectives import Objective, Samples
 
@@ -47,6 +47,18 @@ class Updater(Protocol):
         ...
 
 
+def _check_epoch(samples: Samples, minibatch: int, learning_rate: float) -> None:
+    if not isinstance(samples, Samples):
+        raise TypeError(f"samples must be Samples, got {type(samples).__name__}")
+    check_count("minibatch", minibatch)
+    check_range("learning_rate", learning_rate, at_least=0.0)
+
+
+def _check_policy(policy: ActorCritic) -> None:
+    if not isinstance(policy, ActorCritic):
+        raise TypeError(f"policy must be an ActorCritic, got {type(policy).__name__}")
+
+
 def make_updater(
     policy: ActorCritic, objective: Objective, *, generator: torch.Generator | None = None
 ) -> Updater:
@@ -64,6 +76,7 @@ def make_updater(
         >>> type(make_updater(cnn_actor_critic((4, 84, 84), 6, critic_heads=2), BPO()))
         <class 'steelyard.policy.updates.AutogradUpdater'>
     """
+    _check_policy(policy)
     kind = DenseUpdater if DenseUpdater.supports(policy) else AutogradUpdater
     return kind(policy, objective, generator=generator)
 
@@ -78,12 +91,13 @@ class AutogradUpdater:
         *,
         generator: torch.Generator | None = None,
     ) -> None:
+        _check_policy(policy)
         self.policy, self.objective, self.generator = policy, objective, generator
         self.optimizer = torch.optim.Adam(policy.parameters(), betas=ADAM_BETAS, eps=ADAM_EPS)
 
     def epoch(self, samples: Samples, minibatch: int, learning_rate: float) -> None:
         """Take one optimiser step for each minibatch of a random order of the samples."""
-        check_range("minibatch", minibatch, at_least=1)
+        _check_epoch(samples, minibatch, learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         count = len(samples.returns)
@@ -118,6 +132,9 @@ class DenseNetwork:
     """
 
     def __init__(self, network: nn.Sequential, rows: int) -> None:
+        if not isinstance(network, nn.Sequential):
+            raise TypeError(f"network must be a Sequential, got {type(network).__name__}")
+        check_count("rows", rows)
         linear = [layer for layer in network if isinstance(layer, nn.Linear)]
         self.tanh = [isinstance(layer, nn.Tanh) for layer in list(network)[1::2]]
         self.weights = [layer.weight.detach() for layer in linear]
@@ -190,6 +207,7 @@ class DenseUpdater:
         *,
         generator: torch.Generator | None = None,
     ) -> None:
+        _check_policy(policy)
         self.policy, self.objective, self.generator = policy, objective, generator
         if not self.supports(policy):
             raise ValueError("policy must be a dense actor-critic, see DenseUpdater.supports")
@@ -221,7 +239,7 @@ class DenseUpdater:
     @torch.inference_mode()
     def epoch(self, samples: Samples, minibatch: int, learning_rate: float) -> None:
         """Take one optimiser step for each minibatch of a random order of the samples."""
-        check_range("minibatch", minibatch, at_least=1)
+        _check_epoch(samples, minibatch, learning_rate)
         if not self.policy.continuous:
             one_hot = nn.functional.one_hot(samples.actions, self.policy.action_size)
             samples = samples._replace(actions=one_hot.float())

@@ -78,9 +78,3 @@ def saturated(value: Tensor, dtype: torch.dtype) -> Tensor:
     most = torch.finfo(dtype).max
     passing = torch.where(value.isfinite(), value - value.detach(), value)
     return (value.detach().clamp(-most, most) + passing).to(dtype)
-
-
-def check_divergence(divergence: FDivergence) -> None:
-    """Require an ``FDivergence``."""
-    if not isinstance(divergence, FDivergence):
-        raise TypeError(f"divergence must be an FDivergence, got {type(divergence).__name__}")

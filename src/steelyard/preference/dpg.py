@@ -25,9 +25,11 @@ from steelyard._checks import (
     check_not_empty,
     check_same_shape,
     check_shape,
+    given,
 )
 from steelyard._reduce import Reduction, fill_masked, reduce_masked, widen
 from steelyard.divergences import FDivergence
+from steelyard.divergences.f_divergences import check_divergence
 
 __all__ = [
     "dpg_divergence",
@@ -105,6 +107,7 @@ def dpg_loss(
 
     Source: Go et al. (2023), Theorem 1, arXiv:2302.08215.
     """
+    check_divergence(divergence)
     _check_samples(policy_logprobs, target_log_scores, proposal_logprobs)
     check_mask(mask, policy_logprobs)
     low, high = reward_range
@@ -186,6 +189,7 @@ def dpg_pseudo_rewards(
 
     Source: Go et al. (2023), Theorem 1, arXiv:2302.08215.
     """
+    check_divergence(divergence)
     _check_samples(policy_logprobs, target_log_scores, None)
     log_pi = widen(policy_logprobs.detach())
     log_z = _per_sample("log_z", log_z, log_pi)
@@ -238,6 +242,7 @@ def dpg_divergence(
 
     Source: Go et al. (2023), arXiv:2302.08215, which estimates its metrics by importance sampling.
     """
+    check_divergence(divergence)
     _check_samples(policy_logprobs, target_log_scores, proposal_logprobs)
     check_mask(mask, policy_logprobs)
     log_pi = widen(policy_logprobs)
@@ -327,10 +332,11 @@ def variance_optimal_baseline(
     Source: Greensmith, Bartlett, Baxter (2004), Variance reduction techniques for gradient
     estimates in reinforcement learning; here with importance weights.
     """
-    check_floating(rewards=rewards, log_weights=log_weights, squared_norms=squared_norms)
+    optional = given(log_weights=log_weights, squared_norms=squared_norms)
+    check_floating(rewards=rewards, **optional)
     check_shape("rewards", rewards, (None,))
     check_not_empty("rewards", rewards)
-    check_same_shape(rewards=rewards, log_weights=log_weights, squared_norms=squared_norms)
+    check_same_shape(rewards=rewards, **optional)
     reward = widen(rewards.detach())
     known = reward.isfinite()
     log_share = torch.zeros_like(reward)
@@ -346,7 +352,8 @@ def variance_optimal_baseline(
 
 
 def _check_samples(policy: Tensor, target: Tensor, proposal: Tensor | None) -> None:
-    check_floating(policy_logprobs=policy, target_log_scores=target, proposal_logprobs=proposal)
+    check_floating(policy_logprobs=policy, target_log_scores=target)
+    check_floating(**given(proposal_logprobs=proposal))
     check_shape("policy_logprobs", policy, (None,))
     check_not_empty("policy_logprobs", policy)
     check_same_shape(policy_logprobs=policy, target_log_scores=target, proposal_logprobs=proposal)

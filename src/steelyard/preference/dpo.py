@@ -26,8 +26,9 @@ from steelyard._checks import (
 )
 from steelyard._reduce import Reduction, fill_masked, reduce_masked
 from steelyard.divergences import KL, FDivergence
+from steelyard.divergences.f_divergences import check_divergence
 from steelyard.preference._pairs import check_pairs
-from steelyard.preference._scores import check_divergence, reward_of, saturated
+from steelyard.preference._scores import reward_of, saturated
 
 __all__ = [
     "f_dpo_loss",

@@ -20,11 +20,13 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import reduce_masked, widen
 from steelyard.divergences import KL, FDivergence, kl_estimate
+from steelyard.divergences.f_divergences import check_divergence
 from steelyard.preference._pairs import check_pairs
-from steelyard.preference._scores import check_divergence, is_extrapolated, reward_of
+from steelyard.preference._scores import is_extrapolated, reward_of
 
 __all__ = [
     "PreferenceHealth",
@@ -90,6 +92,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
     """
     check_floating(confidence=confidence)
     check_shape("confidence", confidence, (None,))
+    check_tensor("correct", correct)
     check_same_shape(confidence=confidence, correct=correct)
     check_not_empty("confidence", confidence)
     check_count("bins", bins)

@@ -19,6 +19,7 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    given,
 )
 from steelyard._reduce import widen
 
@@ -188,7 +189,7 @@ def fit_distributional_constraints(
 
     Source: Khalifa et al. (2021), arXiv:2012.11635.
     """
-    check_floating(features=features, moments=moments, log_weights=log_weights)
+    check_floating(features=features, moments=moments, **given(log_weights=log_weights))
     check_shape("features", features, (None, None))
     check_not_empty("features", features)
     check_shape("moments", moments, (features.shape[1],))

@@ -185,7 +185,7 @@ def duckdb_cuts(
     _column_kinds(relation, columns)
     total = relation.aggregate("count(*)").fetchall()[0][0]
     names = ", ".join(f"{quoted(name)}::DOUBLE AS c{i}" for i, name in enumerate(columns))
-    query = f"SELECT {names} FROM source"
+    query = f"SELECT {names} FROM source"  # nosec B608  # names are quoted
     if total > sample_rows:
         query += f" USING SAMPLE {100 * sample_rows / total} PERCENT (bernoulli, {int(seed)})"
     sample = relation.query("source", query).fetchnumpy()
@@ -221,10 +221,19 @@ def duckdb_level_counts(
 
 
 def open_relation(source: Any) -> Any:
-    """Open a Parquet file, or pass a relation through."""
+    """Open a Parquet file, or pass a relation through.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+        TypeError: neither a path nor a relation.
+    """
     duckdb = require("duckdb", extra="tabular")
     if isinstance(source, str | Path):
-        return duckdb.read_parquet(str(source))
+        try:
+            return duckdb.read_parquet(str(source))
+        except duckdb.Error as error:
+            reason = str(error).split("\n", 1)[0]
+            raise ValueError(f"source must be a Parquet file, got {source}: {reason}") from error
     if not hasattr(source, "aggregate") or not hasattr(source, "columns"):
         raise TypeError(
             "source must be the path of a Parquet file or a DuckDB relation, got "

@@ -5,7 +5,7 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-from steelyard._checks import check_not_empty
+from steelyard._checks import check_not_empty, check_tensor
 
 
 def check_has_vocabulary(name: str, tensor: Tensor) -> None:
@@ -26,8 +26,7 @@ def check_threshold(name: str, value: Any) -> None:
 
 def check_token_ids(name: str, ids: Tensor) -> None:
     """Require integer ids ``[B, T]`` with at least one row; ``T = 0`` is allowed."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    check_tensor(name, ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype.itemsize == 1:
         raise TypeError(f"{name} must have a wide integer dtype, got {ids.dtype}")
     if ids.dim() != 2 or ids.shape[0] == 0:

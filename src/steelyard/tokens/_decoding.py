@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steelyard._checks import check_callable, check_not_empty
+from steelyard.tokens._arguments import check_token_ids
+
 NextToken = Callable[[Tensor], Tensor]
 """A model: ids ``[B, T]`` to next-token logits ``[B, V]``."""
 
@@ -40,6 +43,7 @@ class CachedNextToken:
     """
 
     def __init__(self, model: Any) -> None:
+        check_callable(model=model)
         self.model = model
         self.fed_tokens = 0
         """Tokens a row that the model was run on, over all calls."""
@@ -54,6 +58,8 @@ class CachedNextToken:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return next-token logits ``[B, V]`` of ids ``[B, T]``, ``T >= 1``."""
+        check_token_ids("ids", ids)
+        check_not_empty("ids", ids)
         start = self._crop_to_prefix(ids)
         cache, self._cache, self._ids = self._cache, None, None  # lost if the model raises
         options = {"past_key_values": cache, **self._keep}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from steelyard._checks import check_count, check_range, check_shape
+from steelyard._checks import check_callable, check_count, check_range, check_shape
 from steelyard.fused import LinearLogprobs, TokenShift, linear_logprobs, linear_token_shift
 from steelyard.tokens._arguments import check_token_ids
 from steelyard.tokens._decoding import takes
@@ -77,6 +77,7 @@ def hidden_states_and_head(
 
     Source: memory-bounded form of the measurement of Meng et al. (2026), arXiv:2603.22446.
     """
+    check_callable(model=model)
     check_token_ids("input_ids", input_ids)
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids must have at least one token a row, got T = 0")
@@ -140,6 +141,7 @@ def model_logprobs(
 
     Source: :func:`steelyard.fused.linear_logprobs` on the hidden states.
     """
+    check_callable(model=model)
     check_token_ids("input_ids", input_ids)
     _check_has_next("input_ids", input_ids)
     check_range("temperature", temperature, above=0.0, below=float("inf"))
@@ -211,6 +213,7 @@ def model_token_shift(
 
     Source: Meng et al. (2026), section 2, arXiv:2603.22446.
     """
+    check_callable(base_model=base_model, rl_model=rl_model)
     check_token_ids("input_ids", input_ids)
     _check_has_next("input_ids", input_ids)
     check_count("top_k", top_k)

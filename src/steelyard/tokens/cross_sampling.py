@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_mask, check_range, check_shape
+from steelyard._checks import check_callable, check_count, check_mask, check_range, check_shape
 from steelyard.fused._shift import entropy, js_and_kl
 from steelyard.tokens._arguments import check_threshold, check_token_ids
 from steelyard.tokens._decoding import as_next_token, next_logprobs
@@ -122,7 +122,7 @@ def cross_sample(
         host_model,
         intervention_model,
         prompt_ids,
-        rule=switch_above_js(js_threshold),
+        rule=_rule_of(js_threshold),
         budget=budget,
         max_new_tokens=max_new_tokens,
         generator=generator,
@@ -189,6 +189,7 @@ def trace_cross_sampling(
 
     Source: Meng et al. (2026), section 4, arXiv:2603.22446; the definition of "effective" is ours.
     """
+    check_callable(rule=rule)
     host, other = (
         as_next_token("host_model", host_model),
         as_next_token("intervention_model", intervention_model),
@@ -222,6 +223,11 @@ def trace_cross_sampling(
     return CrossSamplingTrace(state.tokens, state.switched, state.effective, state.mask)
 
 
+def _rule_of(js_threshold: float) -> SwitchRule:
+    check_threshold("js_threshold", js_threshold)
+    return switch_above_js(js_threshold)
+
+
 def switch_above_js(threshold: float) -> SwitchRule:
     """Switch where the two laws differ by more than ``threshold`` nats: the paper's rule.
 
@@ -242,7 +248,7 @@ def switch_above_js(threshold: float) -> SwitchRule:
 
     Source: Meng et al. (2026), section 4, arXiv:2603.22446.
     """
-    check_threshold("js_threshold", threshold)
+    check_threshold("threshold", threshold)
     return lambda host, other, step: jensen_shannon(host, other) > threshold
 
 
@@ -268,7 +274,7 @@ def switch_below_js(threshold: float) -> SwitchRule:
 
     Source: control beside Meng et al. (2026), section 4, arXiv:2603.22446.
     """
-    check_threshold("js_threshold", threshold)
+    check_threshold("threshold", threshold)
     return lambda host, other, step: jensen_shannon(host, other) <= threshold
 
 
@@ -292,7 +298,7 @@ def switch_above_entropy(threshold: float) -> SwitchRule:
 
     Source: control beside Meng et al. (2026), section 4, arXiv:2603.22446.
     """
-    check_threshold("entropy_threshold", threshold)
+    check_threshold("threshold", threshold)
     return lambda host, other, step: entropy(host) > threshold
 
 

@@ -226,6 +226,7 @@ def shift_summary(
         raise ValueError(f"thresholds must be two numbers, got {thresholds!r}")
     for threshold in thresholds:
         check_threshold("thresholds", threshold)
+    check_count("position_bins", position_bins)
     means = positional_profile(js, mask, bins=position_bins).means
     values = js.to(accumulation_dtype(js.dtype))
     kept = values.flatten() if mask is None else values[mask != 0]

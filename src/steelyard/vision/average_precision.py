@@ -11,12 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steelyard._checks import (
-    check_floating,
-    check_integer_dtype,
-    check_range,
-    check_shape,
-)
+from steelyard._checks import check_count, check_floating, check_integer_dtype, check_shape
 
 __all__ = ["MaskAveragePrecision", "mask_average_precision", "mask_iou"]
 
@@ -134,11 +129,17 @@ def mask_average_precision(
 
     Source: Lin et al. (2014), arXiv:1405.0312.
     """
+    for name, images in (("predictions", predictions), ("targets", targets)):
+        if not isinstance(images, Sequence):
+            raise TypeError(f"{name} must be a sequence, got {type(images).__name__}")
+        for i, image in enumerate(images):
+            if not isinstance(image, Mapping):
+                raise TypeError(f"{name}[{i}] must be a mapping, got {type(image).__name__}")
     if len(predictions) == 0:
         raise ValueError("predictions must have at least one image, got none")
     if len(predictions) != len(targets):
         raise ValueError(f"targets must have {len(predictions)} images, got {len(targets)}")
-    check_range("max_detections", max_detections, at_least=1)
+    check_count("max_detections", max_detections)
     for i, (predicted, target) in enumerate(zip(predictions, targets, strict=True)):
         _check_image(f"predictions[{i}]", predicted, scored=True)
         _check_image(f"targets[{i}]", target, scored=False)
@@ -209,7 +210,7 @@ def _number_of_classes(images: Sequence[Mapping[str, Tensor]], num_classes: int 
     labels = torch.cat([image["labels"].flatten().cpu().long() for image in images])
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
     classes = max(1, high + 1) if num_classes is None else num_classes
-    check_range("num_classes", classes, at_least=1)
+    check_count("num_classes", classes)
     if low < 0 or high >= classes:
         raise ValueError(f"labels must lie in [0, {classes}), got {low} to {high}")
     return classes

@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from steelyard._checks import check_not_empty, check_range, check_shape
+from steelyard._checks import check_count, check_not_empty, check_range, check_shape
 
 __all__ = [
     "PasteSize",
@@ -86,6 +86,8 @@ def corner_foreground(
     check_not_empty("image", planes)
     check_range("tolerance", tolerance, at_least=0.0)
     values = planes.as_subclass(Tensor).double()
+    if bool(values.isnan().any()):
+        raise ValueError("image must not contain NaN")
     corners = values[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     if background is None:
         colour = corners.sort(1).values[:, 1:3].mean(1)
@@ -224,9 +226,9 @@ def place_cutout(
     if not alpha.is_floating_point():
         raise TypeError(f"alpha must have a floating dtype, got {alpha.dtype}")
     for name, value in (("height", height), ("width", width)):
-        check_range(name, value, at_least=1)
+        check_count(name, value)
     for name, value in (("size[0]", size[0]), ("size[1]", size[1])):
-        check_range(name, value, at_least=1)
+        check_count(name, value)
     colours, opacity = cutout.as_subclass(Tensor), alpha.as_subclass(Tensor)
     layers = torch.cat((colours.to(opacity.dtype), opacity[None]))
     layers = layers.flip(-1) if flip else layers

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from steelyard._checks import (
+    check_count,
     check_floating,
     check_integer_dtype,
     check_not_empty,
     check_range,
+    check_same_dtype,
     check_shape,
 )
 from steelyard._reduce import accumulation_dtype
@@ -140,6 +142,9 @@ def train_validation_gap(
 
     Source: Fan et al. (2024), Sec. 3.1, arXiv:2405.10185; reconstructed from its description.
     """
+    for name, precisions in (("train", train), ("validation", validation)):
+        if not isinstance(precisions, Mapping):
+            raise TypeError(f"{name} must be a mapping, got {type(precisions).__name__}")
     if not train:
         raise ValueError("train must name at least one group, got an empty mapping")
     if set(train) != set(validation):
@@ -228,9 +233,11 @@ def inter_similarity(
     check_not_empty("real", real)
     check_shape("generated", generated, (None, real.shape[1]))
     check_not_empty("generated", generated)
+    check_same_dtype(real=real, generated=generated)
     check_range("threshold", threshold)
     count = len(real) if top_k is None else top_k
-    check_range("top_k", count, at_least=1, at_most=len(real))
+    check_count("top_k", count)
+    check_range("top_k", count, at_most=len(real))
     cosine = (_unit_rows(generated) @ _unit_rows(real).T).clamp(-1, 1)
     score = cosine.mean(1) if top_k is None else cosine.topk(count, dim=1).values.mean(1)
     dtype = generated.dtype
@@ -315,7 +322,7 @@ def repeat_factors(
 
     Source: Gupta et al. (2019), arXiv:1908.03195.
     """
-    check_range("num_categories", num_categories, at_least=1)
+    check_count("num_categories", num_categories)
     check_range("threshold", threshold, above=0.0)
     images = [sorted(set(categories)) for categories in image_categories]
     if not images:
@@ -391,7 +398,12 @@ def federated_classes(
     check_floating(weights=weights)
     check_shape("weights", weights, (None,))
     check_not_empty("weights", weights)
-    check_range("total", total, at_least=1)
+    check_count("total", total)
+    check_integer_dtype(present=present)
+    if not bool((weights >= 0).all()) or bool(weights.isinf().any()):
+        raise ValueError("weights must be finite and >= 0")
+    if bool(((present < 0) | (present >= len(weights))).any()):
+        raise ValueError(f"present must be classes in [0, {len(weights)})")
     chosen = torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
     chosen[present.flatten()] = True
     absent = weights.detach().masked_fill(chosen, 0.0)
@@ -431,7 +443,7 @@ def balanced_draws(
     """
     check_shape("pool_sizes", pool_sizes, (None,))
     check_integer_dtype(pool_sizes=pool_sizes)
-    check_range("count", count, at_least=0)
+    check_count("count", count, at_least=0)
     filled = (pool_sizes > 0).nonzero().squeeze(1)
     if len(filled) == 0:
         raise ValueError("pool_sizes must have a positive entry, got none")

@@ -1,0 +1,72 @@
+"""Bad answers that stand for now, and functions that answer outside their domain.
+
+``KINDS`` holds what several functions share, by a part of the error; ``KNOWN`` holds one function
+each. Both are written into the results, so that nothing is hidden by being known.
+"""
+
+KINDS: dict[str, str] = {
+    "mat1 and mat2": "a module given another width or dtype: torch's own message, as of nn.Linear",
+    "must be a matrix": "a module given another shape: torch's own message, as of nn.Linear",
+    "expected m1 and m2": "a product of two dtypes: torch's own message",
+    "out of bounds for": "labels are not read, to spare a synchronisation: torch's index error",
+    "is out of bounds.": "labels are not read, to spare a synchronisation: torch's index error",
+    "index out of range": "labels are not read, to spare a synchronisation: torch's index error",
+    "Class values must be": "labels are not read, to spare a synchronisation: torch's own error",
+    "Expected input batch_size": "a loss of torch, called with the user's labels",
+    "Expected 2D array": "scikit-learn's own check of X",
+    "Complex data not supported": "scikit-learn's own check of X and y",
+    "Found array with": "scikit-learn's own check of X",
+    "Found input variables": "scikit-learn's own check of X and y",
+    "non-leaf Tensor": "torch's own check of the parameters of an optimiser",
+    "Numerical result out of range": "Python's own error of a square beyond 1e154",
+    "math range error": "Python's own error of a power beyond its range",
+    "Low precision dtypes not supported": "no half-precision factorisations in torch on CPUs",
+    "not implemented for 'Half'": "no half-precision kernel in torch on CPUs",
+    "not implemented for 'BFloat16'": "no half-precision kernel in torch on CPUs",
+}
+
+KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
+    "anatomy.decompose": (("labels", "an argument of the user's own loss"),),
+    "optim.AdamP.step": (("closure", "torch's own optimiser protocol"),),
+    "optim.SGDP.step": (("closure", "torch's own optimiser protocol"),),
+    "equivariant.BundleConvolution.calibrate": (("NaN in", "returns nothing"),),
+    "equivariant.Ponita.calibrate": (("NaN in", "returns nothing"),),
+    "policy.ActorCritic.sample": (("NaN in", "actions are integers; reading logits is a sync"),),
+    "policy.ActorCritic.greedy": (("NaN in", "actions are integers; reading logits is a sync"),),
+    "policy.RunningMoments.update": (("NaN in", "returns nothing; the moments hold the NaN"),),
+    "policy.ObservationNormalizer.update": (
+        ("NaN in", "returns nothing; the moments hold the NaN"),
+    ),
+    "diffusion.awm_proximity": (("t: all nan", "t is not read with uniform weighting"),),
+    "equilibrium.EquilibriumNetwork": (("NaN in", "an entry of the diagonal is not read"),),
+    "metric_learning.opis": (("far_range", "not read when threshold_range is given"),),
+}
+
+DOMAIN: dict[str, str] = {
+    "divergences.FDivergence.f": "t < 0 is no density ratio",
+    "divergences.FDivergence.derivative": "t < 0 is no density ratio; f'(0) may be infinite",
+    "divergences.FDivergence.second_derivative": "t < 0 is no density ratio; f''(0) is infinite",
+    "divergences.alpha_divergence": "f(0) and its dual are infinite for orders outside (0, 1)",
+    "divergences.skew_jensen_shannon": "beta = 0 and 1 are the KL divergences, f(0) infinite",
+    "diffusion.data_to_velocity": "t at the end where the velocity is not defined",
+    "diffusion.velocity_to_score": "t at the end where the score is not defined",
+    "diffusion.ddpo_step": "alphabar_prev = 1 is a step without noise",
+    "diffusion.finite_data_velocity": "probabilities of total mass 0",
+    "vision.federated_weights": "negative counts",
+    "divergences.sinkhorn_plan": "marginals of total mass 0 cannot be normalised",
+    "divergences.sinkhorn_potentials": "marginals of total mass 0 cannot be normalised",
+    "divergences.sinkhorn_divergence": "marginals of total mass 0 cannot be normalised",
+    "classification.COHEN_KAPPA": "negative counts",
+    "classification.FOWLKES_MALLOWS": "negative counts",
+    "classification.GEOMETRIC_MEAN": "negative counts",
+    "classification.MATTHEWS": "negative counts",
+    "classification.ConfusionMetric.__call__": "negative counts",
+    "classification.proportional_odds_nll": "intercepts that are not ordered have likelihood 0",
+    "diffusion.fake_score_loss": "sigma = 0 weighs an item infinitely",
+    "diffusion.masked_nelbo": "a sequence of probability 0 under the model",
+    "estimation.GaussianGraphicalFamily.log_normalizer": "a precision that is not positive",
+    "estimation.GaussianGraphicalFamily.kl": "a precision that is not positive",
+    "metric_learning.temperature_penalty": "a negative temperature",
+    "preference.idealized_log_ratio": "alpha outside (0, 1) is no share",
+}
+"""Functions of a real variable that answer outside their domain as ``torch.log`` does."""
