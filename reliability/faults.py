@@ -116,6 +116,7 @@ def store(record: dict[str, Any], out: Path) -> None:
     """Write the result; rows of other kinds and recipes with the same seed stay."""
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["kind"], row["recipe"]) for row in record["rows"]}
+    done |= {tuple(name.split("/")) for name in record["skipped"]}
     if out.exists():
         before = json.loads(out.read_text())
         if before["seed"] == record["seed"] and before["versions"] == record["versions"]:
@@ -154,7 +155,7 @@ def campaign(
                     kind, Trial(cases[recipe], place, random.Random(f"{seed}/{name}"))
                 )
             except SkipError as reason:
-                skipped[kind] = str(reason)
+                skipped[f"{kind}/{recipe}"] = str(reason)
                 continue
             finally:
                 bar.advance(task)
@@ -206,8 +207,8 @@ def _say(record: dict[str, Any], console: Console) -> None:
         if rows:
             total = {key: sum(row[key] for row in rows) for key in COUNTS}
             console.print(f"{kind}: " + ", ".join(f"{n} {key}" for key, n in total.items()))
-    for kind, reason in record["skipped"].items():
-        console.print(f"{kind} was skipped: {reason}")
+    for name, reason in record["skipped"].items():
+        console.print(f"{name} was skipped: {reason}")
 
 
 def _parser() -> argparse.ArgumentParser:
