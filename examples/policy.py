@@ -102,6 +102,7 @@ def main(settings: Settings) -> None:
         quarter = max(1, len(rewards) // 4)
         first, last = (sum(part) / quarter for part in (rewards[:quarter], rewards[-quarter:]))
         print(f"reward {first:.2f} -> {last:.2f}, model: {settings.out}")
+    trainer.accelerator.wait_for_everyone()  # nobody leaves while the first process saves
     trainer.accelerator.end_training()
 
 

@@ -110,6 +110,7 @@ def main(settings: Settings) -> None:
         metrics["processes"] = trainer.accelerator.num_processes
         (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"ranking accuracy {metrics['eval_ranking/accuracy']:.2f}, model: {settings.out}")
+    trainer.accelerator.wait_for_everyone()  # nobody leaves while the first process saves
     trainer.accelerator.end_training()
 
 

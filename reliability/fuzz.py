@@ -24,6 +24,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import torch
+import torch._dynamo  # imported late it could meet the watchdog
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

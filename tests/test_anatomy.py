@@ -333,3 +333,8 @@ def test_a_committed_figure_is_what_its_command_draws(figure, command, tmp_path,
     assert was.keys() == now.keys()
     for name, path in now.items():
         assert was[name] == pytest.approx(path, abs=0.05)
+
+
+def test_curves_of_another_kind_are_named():
+    with pytest.raises(TypeError, match="curves must be WeightCurves, got str"):
+        draw_curves("text")

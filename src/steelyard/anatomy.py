@@ -405,8 +405,11 @@ def draw_curves(
         A matplotlib figure.
 
     Raises:
+        TypeError: ``curves`` are not :class:`WeightCurves`.
         ValueError: an unknown ``scale``.
     """
+    if not isinstance(curves, WeightCurves):
+        raise TypeError(f"curves must be WeightCurves, got {type(curves).__name__}")
     check_choice("scale", scale, ("auto", "linear", "log"))
     from steelyard._anatomy_figure import draw, merged, needs_log
 

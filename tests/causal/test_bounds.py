@@ -676,3 +676,17 @@ def test_wrong_policies_are_named():
         policy_radius(e, 2 * e, "kl")
     with pytest.raises(ValueError, match=r"\[\.\.\., 2\]"):
         effect_bounds(e[:, :1], e[:, :1])
+
+
+@pytest.mark.parametrize("name", ["kl", "chi2", "tv"])
+def test_a_shift_that_is_nan_is_not_silent(name):
+    y, arms, e = torch.tensor([0.4, 0.4]), torch.tensor([0, 1]), torch.tensor([0.5, 0.5])
+    shift = torch.tensor([[math.nan, 0.5], [0.5, 0.5]])
+    each = debiased_risk(y, arms, e, torch.ones(2, 2), shift, name, reduction="none")
+    assert each.isnan().tolist() == [True, False]
+
+
+def test_a_complex_policy_is_named():
+    ends = torch.zeros(2, 2), torch.ones(2, 2)
+    with pytest.raises(TypeError, match="policy must have an integer or a floating dtype"):
+        policy_bounds(*ends, torch.zeros(2, 2, dtype=torch.complex64))

@@ -448,3 +448,42 @@ def test_network_refuses_shapes_that_do_not_fit():
         .readout_bias
         is None
     )
+
+
+@pytest.mark.parametrize("activation", [holomorphic_sigmoid, dsilu])
+@pytest.mark.parametrize("value", [None, "text", 0.5, [0.5]])
+def test_activations_name_what_is_no_tensor(activation, value):
+    with pytest.raises(TypeError, match=r"z must be a torch\.Tensor"):
+        activation(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_drive_that_is_not_finite_is_refused_before_settling(value):
+    with pytest.raises(ValueError, match="drive must be finite, got 1"):
+        plain_network().settle(torch.tensor([[0.3, value]], dtype=torch.float64))
+
+
+def test_classes_are_integers_of_any_width_and_states_may_share_memory():
+    net, drive = plain_network(), torch.tensor([[0.3, 0.6]], dtype=torch.float64).expand(2, 2)
+    u, target = net.settle(drive), torch.tensor([1, 0])
+    wanted = net.gradients(u, drive, target)
+    found = net.gradients(u[:1].expand(2, 2), drive, target.to(torch.uint8))
+    torch.testing.assert_close(found.weight, wanted.weight)
+    torch.testing.assert_close(found.readout, wanted.readout)
+    with pytest.raises(TypeError, match="target must have an integer dtype"):
+        net.gradients(u, drive, target.half())
+
+
+def test_homeostasis_names_a_field_that_cannot_be_called_and_takes_expanded_states():
+    with pytest.raises(TypeError, match="field must be callable"):
+        homeostatic_loss("text", torch.zeros(2), torch.eye(2))
+    weight = torch.tensor([[0.0, 3.0], [1.0, 0.0]])
+    value = homeostatic_loss(
+        lambda u: weight @ u, torch.zeros(1).expand(2), torch.eye(2), reduction="sum"
+    )
+    assert value.item() == 4.0
+
+
+def plain_network():
+    weight = torch.tensor([[0.0, 0.5], [-0.3, 0.0]], dtype=torch.float64)
+    return EquilibriumNetwork(weight, torch.zeros(2).double(), torch.eye(2).double())

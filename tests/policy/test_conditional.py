@@ -303,3 +303,13 @@ R, G = torch.ones(3), torch.zeros(3, dtype=torch.long)
 def test_wrong_arguments_are_named(call, error, named):
     with pytest.raises(error, match=named):
         call()
+
+
+@pytest.mark.parametrize("name", ["tau", "success_threshold", "max_length"])
+@pytest.mark.parametrize(
+    ("value", "error"), [(math.nan, ValueError), ("0.5", TypeError), (1j, TypeError)]
+)
+def test_adora_names_a_setting_that_is_no_number(name, value, error):
+    rewards, groups = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    with pytest.raises(error, match=f"^{name} must be a number"):
+        adora_weights(rewards, torch.tensor([3, 4]), groups, **{name: value})

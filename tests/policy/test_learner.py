@@ -330,3 +330,20 @@ def test_a_setting_out_of_range_is_named(name: str, value: Any) -> None:
 def test_a_negative_seed_is_named() -> None:
     with pytest.raises(ValueError, match="seed must be >= 0"):
         make_learner(seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"envs": "CartPole-v1"}, TypeError),
+        ({"objective": "ppo"}, TypeError),
+        ({"settings": {"epochs": 2}}, TypeError),
+        ({"seed": 2.5}, TypeError),
+        ({"seed": -1}, ValueError),
+    ],
+)
+def test_a_learner_names_a_wrong_argument(changed: dict[str, Any], error: type[Exception]) -> None:
+    learner = make_learner()
+    given = {"envs": learner.envs, "objective": PPO(), "settings": SMALL, "seed": 0} | changed
+    with pytest.raises(error, match=f"^{next(iter(changed))} must"):
+        OnPolicyLearner(**given)

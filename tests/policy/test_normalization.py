@@ -125,3 +125,40 @@ def test_a_state_is_a_snapshot() -> None:
     normalizer(np.ones(1), np.zeros(1, dtype=np.bool_))
     assert state["running"].tolist() == [1.0]
     assert state["moments"]["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: RunningMoments(3), TypeError, "shape"),
+        (lambda: RunningMoments((2.5,)), TypeError, "shape"),
+        (lambda: RunningMoments((-1,)), ValueError, "shape"),
+        (lambda: RunningMoments((2,)).update([[1.0, 2.0]]), TypeError, "batch"),
+        (lambda: RunningMoments((2,)).update(np.array([["a", "b"]])), TypeError, "batch"),
+        (lambda: RunningMoments((2,)).update(np.zeros((4, 1))), ValueError, "batch"),
+        (lambda: ObservationNormalizer((2,))(np.zeros((4, 3))), ValueError, "observations"),
+        (lambda: ObservationNormalizer((2,))(None), TypeError, "observations"),
+        (lambda: RewardNormalizer(2.5, gamma=0.9), TypeError, "num_envs"),
+        (lambda: RewardNormalizer(-1, gamma=0.9), ValueError, "num_envs"),
+        (lambda: scaled(rewards=torch.zeros(2)), TypeError, "rewards"),
+        (lambda: scaled(rewards=np.zeros(3)), ValueError, "rewards"),
+        (lambda: scaled(done=np.zeros(2, dtype=np.int64)), TypeError, "done"),
+        (lambda: scaled(done=np.zeros((2, 1), dtype=np.bool_)), ValueError, "done"),
+        (lambda: scaled(valid=np.ones(3, dtype=np.bool_)), ValueError, "valid"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=rf"^{named} must"):
+        call()
+
+
+def scaled(**changed: Any) -> NDArray[np.float64]:
+    step = {"rewards": np.zeros(2), "done": np.zeros(2, dtype=np.bool_)} | changed
+    return RewardNormalizer(2, gamma=0.5)(**step)
+
+
+def test_a_single_observation_is_normalised_like_a_row() -> None:
+    normalizer = ObservationNormalizer((2,))
+    normalizer.update(np.array([[0.0, 1.0], [2.0, 5.0]]))
+    row = np.array([3.0, 3.0])
+    np.testing.assert_array_equal(normalizer(row), normalizer(row[None])[0])

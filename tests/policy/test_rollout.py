@@ -463,3 +463,10 @@ def test_a_stored_collector_goes_on_exactly_in_other_processes() -> None:
     resumed.load_state_dict(stored(unbroken.state_dict()))
     assert_same_rollouts(unbroken, resumed)
     envs.close()
+
+
+def test_environments_and_policies_of_another_kind_are_named() -> None:
+    with pytest.raises(TypeError, match="envs must be a vector environment, got str"):
+        RolloutCollector("CartPole-v1", make_policy_for_recorder(), 4, seed=0)
+    with pytest.raises(TypeError, match="policy must be an ActorCritic, got Identity"):
+        RolloutCollector(Recorder(), torch.nn.Identity(), 4, seed=0)

@@ -326,3 +326,31 @@ def test_a_policy_in_the_fast_updater_still_loads_and_answers() -> None:
     assert torch.equal(updater.flat, parameters_of(other))
     observations = torch.randn(4, OBSERVATIONS)
     assert torch.equal(policy.greedy(observations), other.greedy(observations))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: mlp_actor_critic(3, 2, continuous=True, hidden=8), TypeError, "hidden"),
+        (lambda: mlp_actor_critic(3, 2, continuous=True, hidden="8"), TypeError, "hidden"),
+        (lambda: mlp_actor_critic(3, 2, continuous=True, hidden=(0,)), ValueError, "hidden"),
+        (lambda: cnn_actor_critic((4, 84), 2), ValueError, "observation_shape"),
+        (lambda: cnn_actor_critic((4, 84, 19), 2), ValueError, "observation_shape"),
+        (lambda: cnn_actor_critic((4, 84, 84), 2, features=-1), ValueError, "features"),
+        (lambda: mlp_actor_critic(3, 2, continuous=True).greedy([0.0]), TypeError, "observations"),
+        (lambda: dense().forward(None), TypeError, "x"),
+        (lambda: dense().forward(torch.zeros(1, 3, requires_grad=True)), ValueError, "x"),
+    ],
+)
+def test_networks_name_a_wrong_argument(call, error, named):
+    with pytest.raises(error, match=rf"^{named} must"):
+        call()
+
+
+def dense():
+    return DenseNetwork(torch.nn.Sequential(torch.nn.Linear(3, 2)), 1)
+
+
+def test_frames_as_small_as_the_convolutions_allow_are_accepted():
+    policy = cnn_actor_critic((1, 20, 20), 3, features=4)
+    assert policy.greedy(torch.zeros(2, 1, 20, 20, dtype=torch.uint8)).shape == (2,)

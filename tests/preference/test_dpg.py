@@ -841,3 +841,29 @@ F, M = torch.rand(4, 2, generator=generator(0)), torch.full((2,), 0.5)
 def test_wrong_arguments_are_named(call, error, named):
     with pytest.raises(error, match=named):
         call()
+
+
+def test_an_unknown_normaliser_is_not_taken_for_an_empty_context():
+    logprobs = torch.tensor([-1.0, -2.0])
+    for log_z, expected in ((math.nan, math.nan), (-math.inf, 0.0)):
+        for value in (
+            dpg_divergence(logprobs, logprobs, log_z, divergence=KL),
+            dpg_loss(logprobs, logprobs, log_z, divergence=KL),
+        ):
+            torch.testing.assert_close(value, torch.tensor(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 1j, [0.5]])
+def test_a_cap_of_the_normaliser_that_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match="max_log_z must be a number"):
+        LogPartition(max_log_z=value)
+
+
+def test_contexts_of_any_integer_dtype_pick_the_same_normalisers():
+    contexts, weights = torch.tensor([0, 1, 1, 0]), torch.tensor([0.5, 1.0, 2.0, 3.0])
+    for dtype in (torch.uint8, torch.int32):
+        partitions = LogPartition(num_contexts=2), LogPartition(num_contexts=2)
+        for _ in range(2):
+            wanted = partitions[0](weights, contexts)
+            found = partitions[1](weights, contexts.to(dtype))
+        torch.testing.assert_close(found, wanted)

@@ -155,7 +155,7 @@ X = torch.zeros(3)
         (lambda: expected_calibration_error(X, X, bins=2.0), TypeError, "bins"),
         (lambda: preference_calibration_error(X.long()), TypeError, "margin"),
         (lambda: preference_health(X, X[:2]), ValueError, "rejected_log_ratio"),
-        (lambda: preference_calibration_error(X[:0]), ValueError, "confidence"),
+        (lambda: preference_calibration_error(X[:0]), ValueError, "margin"),
         (lambda: preference_health(X[:0], X[:0]), ValueError, "chosen_log_ratio"),
         (lambda: preference_health(X, X, beta=0.0), ValueError, "beta"),
         (lambda: preference_health(X, X, mask=X[:2]), ValueError, "mask"),

@@ -40,6 +40,7 @@ RANKS = torch.stack(
 LENGTHS = torch.randint(5, 30, (2, N), generator=torch.Generator().manual_seed(2))
 FOUR = columns(4)
 RATIO = FOUR[2] - FOUR[3]
+COMPLEX = FOUR[0].to(torch.complex64)
 
 
 def with_lengths(chosen, rejected, a, b):
@@ -178,6 +179,11 @@ def test_tolerance_is_passed_on():
             "ref_chosen",
         ),
         (lambda: IdealizedRankingAccuracyMetric(eps=0.7).update(RATIO, 0.7), ValueError, "eps"),
+        (lambda: IdealizedRankingAccuracyMetric(betas=3), TypeError, "betas"),
+        (lambda: IdealizedRankingAccuracyMetric(betas=(0.1, -1.0)), ValueError, "betas"),
+        (lambda: IdealizedRankingAccuracyMetric(eps=float("nan")), ValueError, "eps"),
+        (lambda: IdealizedRankingAccuracyMetric().update(RATIO, RATIO.numpy()), TypeError, "alpha"),
+        (lambda: RankingAccuracyMetric().update(*FOUR[:2], COMPLEX, COMPLEX), TypeError, "lengths"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, named):

@@ -347,3 +347,16 @@ def test_wrong_frames_are_named():
         binner.transform(frame.assign(b="x"))
     with pytest.raises(ValueError, match="feature names"):
         binner.transform(frame[["b", "a", "c"]])
+
+
+def test_values_that_fit_has_not_seen_are_blamed_on_their_argument():
+    X, y = np.arange(20.0)[:, None], np.arange(20) % 2
+    binner = WoEBinner(method="quantile").fit(X, y)
+    with pytest.raises(ValueError, match=r"^X: column 'x0' contains infinity"):
+        binner.transform(np.full((3, 1), np.inf))
+    with pytest.raises(ValueError, match=r"y must hold both classes of fit, got \[0\]"):
+        binner.evaluate(X, np.zeros(20, dtype=int))
+    with pytest.raises(TypeError, match="binner must be a WoEBinner, got str"):
+        cross_fitted_iv("text", X, y)
+    with pytest.raises(TypeError, match="y must have rows, got int"):
+        cross_fitted_iv(binner, X, 3)

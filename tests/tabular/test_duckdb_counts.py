@@ -148,6 +148,20 @@ def test_errors_name_the_argument(parquet):
         duckdb_bin_counts(3, {"age": [2.0]})
     with pytest.raises(ValueError, match="no column 'default'"):
         WoEBinner().fit_duckdb(parquet, "default")
+    with pytest.raises(ValueError, match="columns must be one or more of"):
+        WoEBinner().fit_duckdb(parquet, "y", ["age", "income"])
+    with pytest.raises(TypeError, match="columns must be column names, got 3"):
+        WoEBinner().fit_duckdb(parquet, "y", [3])
+    with pytest.raises(TypeError, match="cuts must map column names to cuts"):
+        duckdb_bin_counts(parquet, [2.0])
+    with pytest.raises(ValueError, match="by: the source has no column"):
+        duckdb_bin_counts(parquet, {"age": [2.0]}, by="income")
+    with pytest.raises(TypeError, match="by must be column names, got None"):
+        duckdb_level_counts(parquet, ["job"], by=None)
+    with pytest.raises(TypeError, match="base must be the path"):
+        duckdb_psi(None, parquet)
+    with pytest.raises(ValueError, match="columns: the source has no column"):
+        duckdb_psi(parquet, parquet, ["income"])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 and no more", b"x" * 100])

@@ -466,3 +466,23 @@ def test_choice_of_strength_by_target_and_by_elbow():
         choose_strength([1, 0], [1, 1])
     with pytest.raises(ValueError, match="divergence"):
         choose_strength(strengths, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "named"),
+    [
+        (lambda: DistanceCovarianceRegularizer()(None, torch.ones(4)), TypeError, "outputs"),
+        (lambda: DistanceCovarianceRegularizer()(torch.ones(4), 3), TypeError, "sensitive"),
+        (
+            lambda: DistanceCovarianceRegularizer()(torch.ones(4), torch.ones(4), mask=[1] * 4),
+            TypeError,
+            "mask",
+        ),
+        (lambda: unfairness(["a", "b"], [0, 1]), TypeError, "outputs"),
+        (lambda: audit_fairness([0.0] * 4, [0, 0, 1, 1], random_state=2.5), TypeError, "random"),
+        (lambda: audit_fairness([0.0] * 4, [0, 0, 1, 1], random_state=-1), ValueError, "random"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call, error, named):
+    with pytest.raises(error, match=f"^{named}"):
+        call()

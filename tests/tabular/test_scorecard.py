@@ -243,3 +243,9 @@ def test_wrong_groups_are_named():
         Scorecard().fit(X, y, sensitive=np.arange(200) % 3)
     with pytest.raises(ValueError, match="number"):
         Scorecard().fit(X, y).reasons(X, number=0)
+
+
+@pytest.mark.parametrize("value", [[0.5], None, "1"])
+def test_a_penalty_that_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match="C must be a number"):
+        Scorecard(C=value).fit(np.arange(20.0)[:, None], np.arange(20) % 2)

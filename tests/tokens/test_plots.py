@@ -260,3 +260,9 @@ def test_importing_the_package_loads_no_plotting_and_no_transformers():
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_a_curve_of_another_kind_is_named():
+    curve = CrossSamplingCurve([0.0, 0.1], [0.3, 0.9])
+    with pytest.raises(TypeError, match="control must be a CrossSamplingCurve, got str"):
+        plot_cross_sampling(curve, "text", host_success=0.3, intervention_success=0.9)

@@ -7,7 +7,13 @@ arXiv:2601.17160.
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_same_shape, check_shape
+from steelyard._checks import (
+    check_floating,
+    check_not_empty,
+    check_same_shape,
+    check_shape,
+    check_tensor,
+)
 from steelyard.causal._inputs import check_propensity, require_all
 from steelyard.causal.bounds import Bounds, Divergence, divergence_radius
 
@@ -130,8 +136,9 @@ def policy_bounds(
 
 def _policy_shares(policy: Tensor, like: Tensor) -> Tensor:
     items, arms = like.shape
-    if not isinstance(policy, Tensor):
-        raise TypeError(f"policy must be a torch.Tensor, got {type(policy).__name__}")
+    check_tensor("policy", policy)
+    if policy.is_complex():
+        raise TypeError(f"policy must have an integer or a floating dtype, got {policy.dtype}")
     if not policy.is_floating_point():
         check_shape("policy", policy, (items,))
         there = (policy >= 0) & (policy < arms)

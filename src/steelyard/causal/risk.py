@@ -137,5 +137,6 @@ def pointwise_risk(
 def own_conjugate(y: Tensor, scale: Tensor, shift: Tensor, generator: Generator) -> Tensor:
     """``g*((y - shift) / scale)``, infinite beyond its domain."""
     room = generator.at_zero - (y - shift) / scale
-    finite = room >= 0 if generator.closed else room > 0
-    return torch.where(finite, generator.conjugate(torch.where(finite, room, 1.0)), math.inf)
+    outside = room < 0 if generator.closed else room <= 0  # NaN is not, and stays NaN
+    inner = torch.where(outside, 1.0, room)
+    return torch.where(outside, math.inf, generator.conjugate(inner))

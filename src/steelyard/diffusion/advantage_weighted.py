@@ -333,12 +333,17 @@ def _prompt_index(prompts: Sequence[Hashable] | Tensor, rewards: Tensor) -> tupl
         check_groups(prompts, rewards, name="prompts")
         distinct, index = torch.unique(prompts.to(rewards.device), return_inverse=True)
         return index, distinct.shape[0]
+    if not hasattr(prompts, "__len__"):
+        raise TypeError(f"prompts must be a sequence or a tensor, got {type(prompts).__name__}")
     if len(prompts) != rewards.shape[0]:
         raise ValueError(
             f"prompts must have one entry per reward, {rewards.shape[0]}, got {len(prompts)}"
         )
     numbers: dict[Hashable, int] = {}
-    order = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    try:
+        order = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    except TypeError:
+        raise TypeError("prompts must be hashable, got one that is not") from None
     return torch.tensor(order, device=rewards.device), len(numbers)
 
 

@@ -207,6 +207,9 @@ def information_gain_scores(
     check_shape("tokens", tokens, (None,))
     check_not_empty("tokens", tokens)
     check_choice("future", future, ("mean", "sum"))
+    _check_mask_id(mask_id)
+    if not hasattr(candidates, "__len__"):
+        raise TypeError(f"candidates must be a sequence, got {type(candidates).__name__}")
     if len(candidates) == 0:
         raise ValueError("candidates must not be empty")
     actions = [_action(index, candidate, tokens) for index, candidate in enumerate(candidates)]
@@ -225,10 +228,20 @@ def information_gain_scores(
     return InformationGainScores(cost, left[1:], -left[1:] - cost, left[0])
 
 
+def _check_mask_id(mask_id: int) -> None:
+    """Require an integer of any sign."""
+    check_count("mask_id", mask_id, at_least=-(2**63))
+
+
 def _action(index: int, candidate: Candidate, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Positions and tokens of a candidate as tensors."""
-    positions, values = (torch.as_tensor(part, device=tokens.device) for part in candidate)
     name = f"candidates[{index}]"
+    try:
+        positions, values = (torch.as_tensor(part, device=tokens.device) for part in candidate)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be two lists of integers, positions and tokens, got {candidate!r:.60}"
+        ) from None
     if positions.dim() != 1 or positions.shape != values.shape or len(positions) == 0:
         raise ValueError(
             f"{name} must be two lists of the same length, at least 1, "
@@ -325,6 +338,7 @@ def masked_nelbo(
     check_shape("tokens", tokens, (None, None))
     check_not_empty("tokens", tokens)
     check_mask(mask, tokens)
+    _check_mask_id(mask_id)
     check_choice("form", form, ("sample", "enumerate"))
     counts = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     if form == "sample":

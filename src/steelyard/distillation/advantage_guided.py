@@ -219,7 +219,11 @@ def adpa_loss(
     Source: arXiv:2502.17927, Eq. 11.
     """
     check_range("gamma", gamma, at_least=0.0)
-    check_floating(student_chosen=student_chosen)
+    check_floating(student_chosen=student_chosen, student_own=student_own, advantage=advantage)
+    check_shape("student_own", student_own, (None, None, None))
+    check_not_empty("student_own", student_own)
+    check_same_shape(student_own=student_own, advantage=advantage)
+    check_mask(mask_own, student_own[..., 0], name="mask_own")
     nll = _mean_nll(student_chosen, chosen_tokens, mask_chosen, "chosen")
     term = adpa_term(student_own, advantage, mask=mask_own, aggregate=aggregate)
     return (nll + gamma * term).to(student_chosen.dtype)

@@ -7,6 +7,8 @@ through Jacobian homeostasis, arXiv:2309.02214.
 import torch
 from torch import Tensor
 
+from steelyard._checks import check_tensor
+
 
 def holomorphic_sigmoid(z: Tensor) -> Tensor:
     r"""Logistic function with slope 1 at its middle, 1/2.
@@ -19,12 +21,16 @@ def holomorphic_sigmoid(z: Tensor) -> Tensor:
     Returns:
         The activities, in the shape and dtype of ``z``.
 
+    Raises:
+        TypeError: ``z`` is no dense tensor.
+
     Example:
         >>> holomorphic_sigmoid(torch.tensor([0.5, 40.0, -40.0]))
         tensor([0.5000, 1.0000, 0.0000])
 
     Source: arXiv:2309.02214, experiments.
     """
+    check_tensor("z", z)
     return torch.sigmoid(4 * z - 2)
 
 
@@ -39,11 +45,17 @@ def dsilu(z: Tensor) -> Tensor:
     Returns:
         The activities, in the shape and dtype of ``z``.
 
+    Raises:
+        TypeError: ``z`` is no dense tensor of numbers.
+
     Example:
         >>> dsilu(torch.tensor([0.0, 1.0, 60.0]))
         tensor([0.1192, 0.5000, 1.0000])
 
     Source: arXiv:2309.02214, experiments.
     """
+    check_tensor("z", z)
+    if z.dtype == torch.bool:
+        raise TypeError(f"z must hold numbers, got {z.dtype}")
     half = z / 2
     return half * torch.sigmoid(z) + (1 - half) * torch.sigmoid(z - 2)

@@ -128,8 +128,12 @@ class EquilibriumNetwork(nn.Module):
 
         Raises:
             RuntimeError: an item does not settle.
+            ValueError: a shape or number does not fit, or ``drive`` is not finite.
         """
         self._check("drive", drive)
+        if not bool(drive.isfinite().all()):
+            count = int((~drive.isfinite()).sum())
+            raise ValueError(f"drive must be finite, got {count} entries that are not")
         check_range("tolerance", tolerance, at_least=0.0)
         u = torch.zeros_like(drive)
         for _ in range(RELAXATIONS):
@@ -187,6 +191,7 @@ class EquilibriumNetwork(nn.Module):
 
         Raises:
             RuntimeError: a nudged system does not settle.
+            TypeError: ``u`` or ``drive`` not floating, or ``target`` not integer.
             ValueError: a shape or number does not fit.
         """
         check_choice("method", method, METHODS)
@@ -194,6 +199,7 @@ class EquilibriumNetwork(nn.Module):
         self._check("drive", drive)
         check_shape("drive", drive, tuple(u.shape))
         check_shape("target", target, (u.shape[0],))
+        check_integer_dtype(target=target)
         if method == "cauchy":
             check_count("points", points)
             check_range("beta", beta, above=0.0)
@@ -237,6 +243,11 @@ class EquilibriumNetwork(nn.Module):
         Returns:
             ``weight [n, n]``, ``bias [n]``, ``readout [K, o]`` and ``readout_bias [K]``
             (``None`` if the network has none), means over the batch.
+
+        Raises:
+            RuntimeError: a nudged system does not settle.
+            TypeError: ``u`` or ``drive`` not floating, or ``target`` not integer.
+            ValueError: a shape or number does not fit.
         """
         errors = self.error_vectors(u, drive, target, method=method, points=points, beta=beta)
         count, activity = u.shape[0], self.activation(u)
@@ -283,12 +294,12 @@ class EquilibriumNetwork(nn.Module):
         top = (logits.real if logits.is_complex() else logits).amax(-1, keepdim=True)
         powers = (logits - top).exp()
         probs = powers / powers.sum(-1, keepdim=True)
-        return probs - nn.functional.one_hot(target, logits.shape[-1]).to(probs.dtype)
+        return probs - nn.functional.one_hot(target.long(), logits.shape[-1]).to(probs.dtype)
 
     def _nudge(self, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Loss gradient ``[B, n]`` and Hessian ``[B, n, n]`` in the activities."""
         surprise = self._surprise(u, target)
-        one_hot = nn.functional.one_hot(target, surprise.shape[-1]).to(surprise.dtype)
+        one_hot = nn.functional.one_hot(target.long(), surprise.shape[-1]).to(surprise.dtype)
         probs, readout = surprise + one_hot, self.readout.to(surprise.dtype)
         pad = u.shape[-1] - readout.shape[1]
         push = nn.functional.pad(surprise @ readout, (pad, 0))
@@ -297,6 +308,7 @@ class EquilibriumNetwork(nn.Module):
         return push, nn.functional.pad(curvature, (pad, 0, pad, 0))
 
     def _slope(self, u: Tensor) -> Tensor:
+        u = u.contiguous()  # jvp writes to it, so no two entries may share memory
         slope: Tensor = torch.func.jvp(self.activation, (u,), (torch.ones_like(u),))[1]
         return slope
 

@@ -8,7 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_not_empty, check_range, check_shape
+from steelyard._checks import (
+    check_callable,
+    check_floating,
+    check_not_empty,
+    check_range,
+    check_shape,
+)
 from steelyard._reduce import Reduction, reduce_masked
 from steelyard.equilibrium.fixed_points import Field, check_state
 
@@ -40,6 +46,7 @@ def homeostatic_loss(
         The loss, 0-d or ``[m]``. A single probe may be negative; the mean tends to a number >= 0.
 
     Raises:
+        TypeError: ``field`` cannot be called, or a tensor is none.
         ValueError: a shape does not fit.
 
     Example:
@@ -51,11 +58,12 @@ def homeostatic_loss(
 
     Source: arXiv:2309.02214, Eq. 12.
     """
+    check_callable(field=field)
     check_state("u", u)
     check_shape("u", u, (None,))
     check_shape("probes", probes, (None, u.shape[0]))
     check_not_empty("probes", probes)
-    state = u.detach()
+    state = u.detach().contiguous()  # jvp writes to it, so no two entries may share memory
 
     def penalty(probe: Tensor) -> Tensor:
         once: Tensor = torch.func.jvp(field, (state,), (probe,))[1]

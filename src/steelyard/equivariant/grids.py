@@ -82,7 +82,8 @@ def orientation_grid(
     check_count("count", count)
     check_choice("dim", dim, (2, 3))
     if dim == 2:
-        check_choice("kind", kind, (None, "uniform"))
+        if isinstance(kind, Tensor) or kind not in (None, "uniform"):
+            raise ValueError(f"kind must be one of None, 'uniform' for dim = 2, got {kind!r}")
         angle = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)
         return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
     check_choice("kind", kind, (None, "repelled", *SOLIDS.values()))

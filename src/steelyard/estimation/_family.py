@@ -11,6 +11,9 @@ ENOUGH_STEPS = 30
 LOOSE_TOLERANCE = 1e-4
 SMALLEST_STEP = 1e-10
 
+TRUTH = "truth or truth_probs"
+"""The methods of a family call it ``truth``, the functions that take a family ``truth_probs``."""
+
 CHUNK = 2**22
 """Numbers of a temporary block, 32 MB."""
 

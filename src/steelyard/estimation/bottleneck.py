@@ -17,7 +17,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_floating, check_mask, check_not_empty, check_range, check_shape
+from steelyard._checks import (
+    check_floating,
+    check_mask,
+    check_not_empty,
+    check_range,
+    check_shape,
+    check_tensor,
+)
+    check_floating,
+    check_mask,
+    check_not_empty,
+    check_range,
+    check_shape,
+    check_tensor,
+)
 from steelyard.divergences import (
     cauchy_schwarz_mutual_information,
     conditional_cauchy_schwarz,
@@ -173,6 +187,7 @@ class CauchySchwarzBottleneck(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the representation ``[N, E]``, noisy in training mode if ``noise > 0``."""
+        check_tensor("x", x)
         t: Tensor = self.encoder(x)
         if not self.training or self.noise == 0:
             return t

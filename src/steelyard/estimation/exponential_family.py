@@ -20,7 +20,7 @@ from steelyard._checks import (
     check_shape,
     given,
 )
-from steelyard.estimation._family import third_moment
+from steelyard.estimation._family import TRUTH, third_moment
 
 MAX_NODES = 20
 """A million states; beyond, sums over states are the wrong tool."""
@@ -157,15 +157,15 @@ class ExponentialFamily:
         return theta @ self.statistics.mT + self.base.log()
 
     def _law(self, truth: Tensor) -> Tensor:
-        check_floating(truth_probs=truth)
-        check_shape("truth_probs", truth, (self.statistics.shape[0],))
+        check_floating(**{TRUTH: truth})
+        check_shape(TRUTH, truth, (self.statistics.shape[0],))
         values = truth.detach().double()
         if not bool((values >= 0).all()):
-            raise ValueError("truth_probs must be probabilities, got a negative number or NaN")
+            raise ValueError(f"{TRUTH} must be probabilities, got a negative number or NaN")
         if abs(float(values.sum()) - 1) > SUM_TOLERANCE:
-            raise ValueError(f"truth_probs must sum to 1, got {float(values.sum()):g}")
+            raise ValueError(f"{TRUTH} must sum to 1, got {float(values.sum()):g}")
         if bool((values[self.base == 0] > 0).any()):
-            raise ValueError("truth_probs must be 0 where base is 0: no member comes near it")
+            raise ValueError(f"{TRUTH} must be 0 where base is 0: no member comes near it")
         return truth.to(self.statistics.dtype)
 
 
@@ -236,12 +236,17 @@ def binary_state_probs(data: Tensor) -> Tensor:
     return counts.double() / len(data)
 
 
-def check_edges(nodes: int, edges: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    """Return the pairs of a graph, all of them for ``None``."""
-    check_count("nodes", nodes)
+def check_edges(
+    nodes: int, edges: Sequence[tuple[int, int]] | None, *, name: str = "nodes"
+) -> list[tuple[int, int]]:
+    """Return the pairs of a graph, all of them for ``None``; ``name`` is that of ``nodes``."""
+    check_count(name, nodes)
     if edges is None:
         return list(itertools.combinations(range(nodes), 2))
-    pairs = [(int(i), int(j)) for i, j in edges]
+    try:
+        pairs = [(int(i), int(j)) for i, j in edges]
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"edges must be pairs of integers, got {edges!r:.60}") from None
     for i, j in pairs:
         if not 0 <= i < j < nodes:
             raise ValueError(f"edges must be pairs i < j below {nodes}, got ({i}, {j})")

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_shape
-from steelyard.estimation._family import third_moment
+from steelyard._checks import check_floating, check_same_dtype, check_shape
+from steelyard.estimation._family import TRUTH, third_moment
 from steelyard.estimation.exponential_family import check_edges
 
 
@@ -51,7 +51,7 @@ class GaussianGraphicalFamily:
     """
 
     def __init__(self, dim: int, edges: Sequence[tuple[int, int]] | None = None) -> None:
-        self.dim, self.edges = dim, check_edges(dim, edges)
+        self.dim, self.edges = dim, check_edges(dim, edges, name="dim")
         left = [*range(dim), *(i for i, _ in self.edges)]
         right = [*range(dim), *(j for _, j in self.edges)]
         self._left, self._right = torch.tensor(left), torch.tensor(right)
@@ -81,7 +81,9 @@ class GaussianGraphicalFamily:
 
     def moments(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean ``[d]`` and the covariance matrix ``[d, d]`` of the variables."""
-        covariance = torch.linalg.inv(self.precision(theta))
+        covariance, failed = torch.linalg.inv_ex(self.precision(theta))
+        if bool(failed):
+            raise ValueError("theta must have an invertible precision matrix, got a singular one")
         covariance = (covariance + covariance.mT) / 2
         return covariance @ theta[: self.dim], covariance
 
@@ -118,6 +120,9 @@ class GaussianGraphicalFamily:
 
     def fourth_contraction(self, theta: Tensor, pairs: Tensor) -> Tensor:
         """Sum the fourth derivatives of ``psi`` times ``pairs[a, b] pairs[c, d]``, 0-d."""
+        check_floating(theta=theta, pairs=pairs)
+        check_shape("pairs", pairs, (self.size, self.size))
+        check_same_dtype(theta=theta, pairs=pairs)
         b, quadratic = self._forms(theta)
         weighted = torch.einsum("ab,bij->aij", pairs, quadratic)
         squares = torch.einsum("aij,ajk->ik", weighted, quadratic)
@@ -148,11 +153,13 @@ class GaussianGraphicalFamily:
 
     def start(self, eta: Tensor) -> Tensor:
         """Return the independent normal laws with the right means and variances."""
+        check_floating(eta=eta)
+        check_shape("eta", eta, (self.size,))
         d = self.dim
         mu, second = eta[:d], eta[d : 2 * d]
         variance = second - mu.square()
         if not bool((variance > 0).all()):
-            raise ValueError("each variable must vary, got a variance of 0")
+            raise ValueError("eta must let each variable vary, got a variance of 0")
         off = eta.new_zeros(len(self.edges))
         return torch.cat([mu / variance, -0.5 / variance, off])
 
@@ -161,17 +168,19 @@ class GaussianGraphicalFamily:
         return self
 
     def _rows(self, truth: Tensor) -> Tensor:
-        check_floating(truth_probs=truth)
-        check_shape("truth_probs", truth, (None, self.dim))
+        check_floating(**{TRUTH: truth})
+        check_shape(TRUTH, truth, (None, self.dim))
         if truth.shape[0] < 2 or not bool(torch.isfinite(truth.detach()).all()):
-            raise ValueError("rows of data must be finite, and at least two")
+            raise ValueError(f"{TRUTH}: rows of data must be finite, and at least two")
         return self.statistics(truth)
 
     def _forms(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the linear and quadratic part of each statistic in a standard normal vector."""
         d, p = self.dim, self.size
         mu, v = self.moments(theta)
-        root = torch.linalg.cholesky(v)
+        root, failed = torch.linalg.cholesky_ex(v)
+        if bool(failed):
+            raise ValueError("theta must have a positive definite precision matrix")
         quadratic = torch.zeros(p, d, d, dtype=theta.dtype, device=theta.device)
         index = torch.arange(d, p, device=theta.device)
         quadratic[index, self._left, self._right] += 0.5

@@ -128,6 +128,8 @@ def inductive_bias(
     elif method == "saddlepoint":
         nats = -_noncentral.saddlepoint(x, d, nc)
     else:
+        if bool(x[inside].isinf().any()):
+            raise ValueError("test_error / scale must be finite, got an overflow")
         rows = zip(x.reshape(-1), d.reshape(-1), nc.reshape(-1), strict=True)
         tails = [_noncentral.log_cdf(*row) for row in rows]
         nats = -torch.stack(tails).reshape(x.shape) if tails else x
@@ -185,10 +187,15 @@ def empirical_inductive_bias(
     check_values("the sum of weights", total, above=0.0, at_least=0.0)
     good = (widen(errors) <= level.unsqueeze(-1)).to(weight.dtype)
     share = (weight * good).sum(-1) / total
-    spread = (weight * (good - share.unsqueeze(-1))).square().sum(-1).sqrt() / total
-    error = torch.where(share > 0, spread / share, torch.inf)
+    variance = (weight * (good - share.unsqueeze(-1))).square().sum(-1)
+    # roots, quotients and logarithms of 0 are replaced before they spoil a gradient
+    spread = torch.where(variance > 0, variance.where(variance > 0, 1.0).sqrt(), 0.0) / total
+    some = share > 0
+    kept = share.where(some, 1.0)
+    error = torch.where(some, spread / kept, torch.inf)
+    nats = torch.where(some, -kept.clamp(max=1.0).log(), torch.inf)
     dtype = narrow_dtype(errors)
-    return EmpiricalInductiveBias(-share.clamp(max=1.0).log().to(dtype) + 0.0, error.to(dtype))
+    return EmpiricalInductiveBias(nats.to(dtype) + 0.0, error.to(dtype))
 
 
 def satterthwaite(mean: Number, variance: Number) -> Satterthwaite:

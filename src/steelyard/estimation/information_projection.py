@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_floating, check_range, check_shape
+from steelyard._checks import check_count, check_floating, check_range, check_shape, check_tensor
 from steelyard.estimation._family import Family, member_with_means
 
 __all__ = [
@@ -34,6 +34,9 @@ __all__ = [
 
 ILL_CONDITIONED = 1e10
 ROWS_PER_PARAMETER = 10
+
+NEEDED = ("to", "start", "log_normalizer", "mean", "covariance", "truth_mean")
+"""Methods that tell a family from something else."""
 
 
 class Projection(NamedTuple):
@@ -85,6 +88,7 @@ def information_projection(family: Family, truth_probs: Tensor) -> Projection:
         ``theta [p]`` and ``eta [p]``.
 
     Raises:
+        TypeError: ``family`` lacks the methods of one, or ``truth_probs`` is no tensor.
         ValueError: no member has these means, because they lie on the edge of what the statistics
             can reach (a cell with no observation, say); or the truth is not a law.
 
@@ -99,6 +103,7 @@ def information_projection(family: Family, truth_probs: Tensor) -> Projection:
 
     Source: arXiv:2105.08947, Section 2.
     """
+    _check_family(family, truth_probs)
     wide = family.to(torch.float64)
     eta = wide.truth_mean(truth_probs.to(torch.float64))
     with torch.no_grad():
@@ -132,7 +137,7 @@ def risk_expansion(family: Family, truth_probs: Tensor) -> RiskExpansion:
         ``c1`` and ``c2``, 0-d.
 
     Raises:
-        ValueError: as :func:`information_projection`.
+        TypeError, ValueError: as :func:`information_projection`.
 
     Example:
         Overdispersed counts: the model believes in a smaller spread, and the risk is larger than
@@ -150,6 +155,7 @@ def risk_expansion(family: Family, truth_probs: Tensor) -> RiskExpansion:
 
     Source: arXiv:2105.08947; the form of c2 is derived here.
     """
+    _check_family(family, truth_probs)
     wide = family.to(torch.float64)
     truth = truth_probs.to(torch.float64)
     theta = information_projection(wide, truth).theta
@@ -234,7 +240,7 @@ def tic_penalty(family: Family, truth_probs: Tensor) -> Tensor:
         0-d.
 
     Raises:
-        ValueError: as :func:`information_projection`.
+        TypeError, ValueError: as :func:`information_projection`.
 
     Example:
         A normal model of data with kurtosis 1 (two values) needs one parameter, not two:
@@ -246,6 +252,7 @@ def tic_penalty(family: Family, truth_probs: Tensor) -> Tensor:
 
     Source: Takeuchi (1976); arXiv:2105.08947.
     """
+    _check_family(family, truth_probs)
     wide = family.to(torch.float64)
     truth = truth_probs.to(torch.float64)
     theta = information_projection(wide, truth).theta
@@ -298,6 +305,7 @@ def minimum_sample_size(c1: float | Tensor, c2: float | Tensor, epsilon: float =
         The number of rows.
 
     Raises:
+        TypeError: ``c1`` or ``c2`` is no number.
         ValueError: a number is out of range or not finite.
 
     Example:
@@ -310,7 +318,10 @@ def minimum_sample_size(c1: float | Tensor, c2: float | Tensor, epsilon: float =
 
     Source: derived.
     """
-    return _minimum_n(float(c1), float(c2), bayes_error_risk(epsilon))
+    threshold = bayes_error_risk(epsilon)
+    if threshold == 0:
+        raise ValueError(f"epsilon must have a square that is not rounded to 0, got {epsilon}")
+    return _minimum_n(_as_float("c1", c1), _as_float("c2", c2), threshold)
 
 
 def pn_criterion(
@@ -342,6 +353,7 @@ def pn_criterion(
         ``tic``; and ``notes``, sentences on what makes the numbers doubtful, empty if nothing does.
 
     Raises:
+        TypeError: as :func:`information_projection`.
         ValueError: a number is out of range, ``n`` is missing, no projection exists.
 
     Example:
@@ -356,13 +368,14 @@ def pn_criterion(
 
     Source: arXiv:2105.08947; threshold derived.
     """
+    _check_family(family, truth_probs)
     if n is None:
         if truth_probs.dim() != 2:
             raise ValueError("n must be given with a law, got None")
         n = truth_probs.shape[0]
     check_count("n", n)
-    if threshold is None:
-        threshold = bayes_error_risk(epsilon)
+    bound = bayes_error_risk(epsilon)
+    threshold = bound if threshold is None else threshold
     check_range("threshold", threshold, above=0.0)
     wide, truth = family.to(torch.float64), truth_probs.detach().to(torch.float64)
     with torch.no_grad():
@@ -375,6 +388,23 @@ def pn_criterion(
     gap = math.sqrt(max(risk, 0.0) / 8)
     smallest = _minimum_n(c1, c2, threshold)
     return PNResult(risk <= threshold, risk, threshold, smallest, gap, c1, c2, 2 * c1, notes)
+
+
+def _check_family(family: Family, truth_probs: Tensor) -> None:
+    missing = [name for name in NEEDED if not callable(getattr(family, name, None))]
+    if missing:
+        raise TypeError(
+            f"family must be an exponential family, got {type(family).__name__} without the "
+            f"methods {', '.join(missing)}"
+        )
+    check_tensor("truth_probs", truth_probs)
+
+
+def _as_float(name: str, value: float | Tensor) -> float:
+    try:
+        return float(value + 0)  # a text is no number, though float() reads it
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
 
 def _notes(c1: float, c2: float, n: int, p: int, condition: float) -> tuple[str, ...]:

@@ -107,7 +107,10 @@ def orthonormal_basis(features: Tensor, measure: Tensor) -> Tensor:
     # R^-1 on every row, then once more: the second pass removes what rounding left
     basis = torch.linalg.solve_triangular(factor, f, upper=True, left=False)
     gram = basis.T @ (mu.unsqueeze(1) * basis)
-    correction = torch.linalg.cholesky(gram).mT
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed):
+        raise ValueError("features must be finite and linearly independent under measure")
+    correction = root.mT
     orthonormal: Tensor = torch.linalg.solve_triangular(correction, basis, upper=True, left=False)
     orthonormal = orthonormal * pivots.sign()
     return orthonormal.to(narrow_dtype(features, measure))

@@ -80,6 +80,8 @@ class WeightedLeastSquares(_base.RegressorMixin, _base.BaseEstimator):  # type: 
         """Fit the points ``X`` ``[n, m]`` with values ``y`` ``[n]`` and weights ``[n]``."""
         X, y = _validation.validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         weights = _validation._check_sample_weight(sample_weight, X, dtype=np.float64)
+        if (weights < 0).any():
+            raise ValueError(f"sample_weight must be >= 0 everywhere, got {weights.min():g}")
         features = self._features(X)
         identity = np.eye(features.shape[1])
         basis, change = features, identity

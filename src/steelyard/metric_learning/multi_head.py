@@ -160,6 +160,11 @@ class PairTemperature(nn.Module):
             check_floating(**{name: z})
             if z.dim() == 0 or z.shape[-1] != self.dim:
                 raise ValueError(f"{name} must have last size {self.dim}, got {list(z.shape)}")
+        fits = all(1 in pair or pair[0] == pair[1] for pair in _facing(z_i, z_j))
+        if not fits:
+            raise ValueError(
+                f"z_j must broadcast with z_i, {list(z_i.shape)}, got {list(z_j.shape)}"
+            )
         if self.detach_inputs:
             z_i, z_j = z_i.detach(), z_j.detach()
         weight = self.pair.weight
@@ -167,6 +172,11 @@ class PairTemperature(nn.Module):
         hidden = linear(z_i, left) + linear(z_j, right, self.pair.bias)
         raw = self.out(hidden.relu()).squeeze(-1)
         return bounded_temperature(raw, low=self.low, high=self.high)
+
+
+def _facing(z_i: Tensor, z_j: Tensor) -> list[tuple[int, int]]:
+    """Return the leading sizes of two tensors that meet when they are broadcast."""
+    return list(zip(z_i.shape[-2::-1], z_j.shape[-2::-1], strict=False))
 
 
 def adaptive_temperature_loss(

@@ -351,11 +351,16 @@ def _threshold_range(
         low, high = _negative_quantiles(gallery, far_range)
         if not bool(low < high):
             raise ValueError(
-                f"far_range must span different distances, got {float(low)} for both ends; "
-                "pass threshold_range"
+                "far_range must span different distances of embeddings, "
+                f"got {float(low)} for both ends; pass threshold_range"
             )
         return low, high
-    ends = [float(end) for end in threshold_range]
+    try:
+        ends = [float(end) for end in threshold_range]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"threshold_range must be two numbers, got {threshold_range!r:.60}"
+        ) from None
     check_range("threshold_range[0]", ends[0], at_least=0.0)
     check_range("threshold_range[1]", ends[1], above=ends[0])
     return gallery.unit.new_tensor(ends[0]), gallery.unit.new_tensor(ends[1])

@@ -21,10 +21,13 @@ from steelyard._checks import (
     check_same_shape,
     check_tensor,
 )
+from steelyard.policy._arguments import check_lengths
 
 __all__ = ["ActorCritic", "cnn_actor_critic", "mlp_actor_critic"]
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+_SMALLEST_FRAME = 20
+"""What a kernel of 8 with stride 4, then one of 4, need to give one number."""
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -102,10 +105,7 @@ class ActorCritic(nn.Module):
 
     def noise(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Draw what :meth:`sample` needs for actions of a leading shape, ahead of time."""
-        if not isinstance(shape, Sequence):
-            raise TypeError(f"shape must be a sequence, got {type(shape).__name__}")
-        for length in shape:
-            check_count("shape", length, at_least=0)
+        check_lengths("shape", shape)
         size = (*shape, self.action_size)
         if self.continuous:
             return torch.randn(size, generator=generator)
@@ -124,6 +124,7 @@ class ActorCritic(nn.Module):
 
     def greedy(self, observations: Tensor) -> Tensor:
         """Most likely actions."""
+        check_tensor("observations", observations)
         parameters: Tensor = self.actor(self.trunk(observations))
         return parameters if self.continuous else parameters.argmax(-1)
 
@@ -150,6 +151,7 @@ def mlp_actor_critic(
         generator: source of the initial weights.
 
     Raises:
+        TypeError: a size is not an integer, or ``hidden`` no sequence.
         ValueError: a size below 1 or an unknown activation.
 
     Example:
@@ -159,7 +161,9 @@ def mlp_actor_critic(
     check_count("observation_size", observation_size)
     check_count("action_size", action_size)
     check_choice("activation", activation, tuple(_ACTIVATIONS))
+    check_count("critic_heads", critic_heads)
     check_choice("critic_heads", critic_heads, (1, 2))
+    check_lengths("hidden", hidden, at_least=1)
 
     def network(outputs: int, gain: float) -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -190,6 +194,10 @@ def cnn_actor_critic(
         critic_heads: 1 (value) or 2 (value and threshold).
         generator: source of the initial weights.
 
+    Raises:
+        TypeError: a size is not an integer, or ``observation_shape`` no sequence.
+        ValueError: a size below 1, or frames smaller than the convolutions need, 20 by 20.
+
     Example:
         >>> import torch
         >>> policy = cnn_actor_critic((4, 84, 84), 6)
@@ -197,7 +205,15 @@ def cnn_actor_critic(
         torch.Size([2])
     """
     check_count("num_actions", num_actions)
+    check_count("critic_heads", critic_heads)
     check_choice("critic_heads", critic_heads, (1, 2))
+    check_count("features", features)
+    check_lengths("observation_shape", observation_shape, at_least=1)
+    if len(observation_shape) != 3 or min(observation_shape[1:]) < _SMALLEST_FRAME:
+        raise ValueError(
+            f"observation_shape must be (C, H, W) with H and W >= {_SMALLEST_FRAME}, "
+            f"got {tuple(observation_shape)}"
+        )
     channels, height, width = observation_shape
     convolutions = nn.Sequential(
         _Pixels(),

@@ -25,8 +25,10 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import accumulation_dtype
+from steelyard.policy._arguments import check_not_nan
 from steelyard.policy._groups import group_index, group_rank, group_sum
 
 __all__ = [
@@ -253,7 +255,7 @@ def adora_weights(
 
     Raises:
         ValueError: wrong shapes, empty input, or a setting out of range.
-        TypeError: ``rewards`` not floating point or ``groups`` not integer.
+        TypeError: ``rewards`` not floating point, ``groups`` not integer, or a setting no number.
 
     Example:
         The first prompt's success was longer than its failures, the second's shorter:
@@ -270,12 +272,17 @@ def adora_weights(
     check_floating(rewards=rewards)
     check_shape("rewards", rewards, (None,))
     check_not_empty("rewards", rewards)
+    check_tensor("lengths", lengths)
     check_same_shape(rewards=rewards, lengths=lengths)
     check_groups(groups, rewards)
     check_choice("mode", mode, ("attenuate", "amplify"))
     check_choice("variant", variant, ("paper", "llm", "vlm"))
     factor = (0.1 if mode == "attenuate" else 2.0) if weight is None else weight
     check_range("weight", factor, at_least=0.0)
+    check_not_nan("success_threshold", success_threshold)
+    check_not_nan("tau", tau)
+    if max_length is not None:
+        check_not_nan("max_length", max_length)
     index, count = group_index(groups)
     length = lengths.detach().double()
     success = rewards.detach() > success_threshold

@@ -10,19 +10,21 @@ from typing import Any, Literal
 
 import torch
 
-from steelyard._checks import check_choice, check_range
+from steelyard._checks import check_choice, check_count, check_range
+from steelyard.policy._arguments import check_attributes
 from steelyard.policy.actor_critic import ActorCritic, cnn_actor_critic, mlp_actor_critic
 from steelyard.policy.advantages import gae
 from steelyard.policy.losses import LOG_RATIO_LIMIT
 from steelyard.policy.normalization import ObservationNormalizer, RewardNormalizer
 from steelyard.policy.objectives import Objective, Samples
-from steelyard.policy.rollout import Rollout, RolloutCollector, action_law
+from steelyard.policy.rollout import Rollout, RolloutCollector, action_law, check_environments
 from steelyard.policy.updates import make_updater
 
 __all__ = ["OnPolicyLearner", "TrainingSettings"]
 
 _RECENT = 20
 """Finished episodes the reported return is averaged over."""
+_OF_OBJECTIVE = ("critic_heads", "epsilon", "entropy_coef", "max_grad_norm", "loss", "slopes")
 _OUT_OF_BAND_SLACK = 0.01
 """A ratio counts as out of the band when it is this much outside."""
 
@@ -69,6 +71,11 @@ class OnPolicyLearner:
         settings: of training.
         seed: of initial weights, episodes, action noise and the order of samples.
 
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: ``seed < 0``, spaces without a network for them, or as
+            :class:`RolloutCollector`.
+
     Example:
         >>> from steelyard.integrations.mujoco import make_vector_env
         >>> from steelyard.policy import BPO
@@ -82,6 +89,11 @@ class OnPolicyLearner:
     def __init__(
         self, envs: Any, objective: Objective, settings: TrainingSettings, *, seed: int
     ) -> None:
+        check_environments(envs)
+        check_attributes("objective", objective, _OF_OBJECTIVE, expected="an objective like PPO()")
+        if not isinstance(settings, TrainingSettings):
+            raise TypeError(f"settings must be TrainingSettings, got {type(settings).__name__}")
+        check_count("seed", seed, at_least=0)
         self.envs, self.objective, self.settings = envs, objective, settings
         self.generator = torch.Generator().manual_seed(seed)
         self.policy = _make_policy(envs, objective, settings, self.generator)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steelyard._checks import check_range
+from steelyard._checks import check_count, check_range
+from steelyard.policy._arguments import check_array, check_lengths, check_rows
 
 __all__ = ["ObservationNormalizer", "RewardNormalizer", "RunningMoments"]
 
@@ -16,6 +17,13 @@ _EPS = 1e-8
 
 class RunningMoments:
     """Mean and population variance of all rows seen, merged batch by batch in float64.
+
+    Args:
+        shape: of a row.
+
+    Raises:
+        TypeError: ``shape`` is no sequence of integers.
+        ValueError: a negative length.
 
     Example:
         >>> import numpy as np
@@ -27,6 +35,7 @@ class RunningMoments:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
+        check_lengths("shape", shape)
         self.mean: NDArray[np.float64] = np.zeros(shape)
         self.variance: NDArray[np.float64] = np.ones(shape)
         self.count = 0
@@ -34,8 +43,13 @@ class RunningMoments:
     def update(self, batch: NDArray[Any]) -> None:
         """Merge rows ``[B, *shape]``; no rows change nothing.
 
+        Raises:
+            TypeError: ``batch`` is no NumPy array of numbers.
+            ValueError: its rows have another shape.
+
         Source: Chan, Golub, LeVeque (1979), parallel update of mean and variance.
         """
+        check_rows("batch", batch, self.mean.shape)
         rows = len(batch)
         if rows == 0:
             return
@@ -88,7 +102,18 @@ class ObservationNormalizer(RunningMoments):
         self._scale = 1 / np.sqrt(self.variance + _EPS)
 
     def __call__(self, observations: NDArray[Any]) -> NDArray[np.float64]:
-        """Normalise rows with the moments so far."""
+        """Normalise rows with the moments so far.
+
+        Raises:
+            TypeError: ``observations`` is no NumPy array of numbers.
+            ValueError: its rows have another shape.
+        """
+        check_array("observations", observations)
+        shape = self.mean.shape
+        if observations.shape[observations.ndim - len(shape) :] != shape:
+            raise ValueError(
+                f"observations must end in the shape {list(shape)}, got {list(observations.shape)}"
+            )
         scaled = (observations - self.mean) * self._scale
         return np.clip(scaled, -_CLIP, _CLIP)
 
@@ -102,6 +127,10 @@ class RewardNormalizer:
         num_envs: B.
         gamma: discount of the running return, in [0, 1).
 
+    Raises:
+        TypeError: ``num_envs`` is not an integer, or ``gamma`` not a number.
+        ValueError: either is out of range.
+
     Example:
         >>> import numpy as np
         >>> normalizer = RewardNormalizer(2, gamma=0.0)
@@ -112,6 +141,7 @@ class RewardNormalizer:
     """
 
     def __init__(self, num_envs: int, *, gamma: float) -> None:
+        check_count("num_envs", num_envs)
         check_range("gamma", gamma, at_least=0.0, below=1.0)
         self.gamma = gamma
         self.moments = RunningMoments(())
@@ -129,7 +159,15 @@ class RewardNormalizer:
             rewards: of this step.
             done: restarts a running return after it.
             valid: false where the step only reset an environment: left out of the moments.
+
+        Raises:
+            TypeError: ``rewards`` is no NumPy array of numbers, or another none of booleans.
+            ValueError: an array is not ``[B]``.
         """
+        _check_step("rewards", rewards, self.running, kinds="biuf")
+        _check_step("done", done, self.running, kinds="b")
+        if valid is not None:
+            _check_step("valid", valid, self.running, kinds="b")
         self.running = self.running * self.gamma + rewards
         self.moments.update(self.running if valid is None else self.running[valid])
         self.running[done] = 0.0
@@ -147,3 +185,10 @@ class RewardNormalizer:
         """Restore :meth:`state_dict`."""
         self.moments.load_state_dict(state["moments"])
         self.running = state["running"].numpy().copy()
+
+
+def _check_step(name: str, array: NDArray[Any], like: NDArray[Any], *, kinds: str) -> None:
+    """Require one value of each environment."""
+    check_array(name, array, kinds=kinds)
+    if array.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(array.shape)}")

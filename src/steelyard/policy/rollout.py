@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steelyard._checks import check_choice, check_count, check_shape
+from steelyard.policy._arguments import check_attributes
 from steelyard.policy.actor_critic import ActorCritic
 from steelyard.policy.normalization import ObservationNormalizer, RewardNormalizer
 from steelyard.policy.updates import DenseNetwork
@@ -33,6 +34,11 @@ __all__ = ["Rollout", "RolloutCollector"]
 
 _NOISE = 1 << 20
 """Stands in the place of an environment's number in the seed of the action noise."""
+_OF_ENVIRONMENTS = (
+    *("num_envs", "metadata", "reset", "step"),
+    *("single_observation_space", "single_action_space"),
+)
+_OF_POLICY = ("trunk", "actor", "critic", "action_size", "continuous", "noise", "sample")
 _EVALUATION_ROWS = 4096
 """Rows evaluated at once after a rollout: bounds the memory of convolutional features."""
 
@@ -74,6 +80,7 @@ class RolloutCollector:
         reward_normalizer: updated at every step.
 
     Raises:
+        TypeError: ``envs`` or ``policy`` of another kind, or ``steps`` or ``seed`` no integer.
         ValueError: ``steps < 1``, an action space of another kind, one that does not fit the
             policy, or an observation normalizer for images.
         FloatingPointError: an environment returned a non-finite observation or reward.
@@ -97,6 +104,8 @@ class RolloutCollector:
         observation_normalizer: ObservationNormalizer | None = None,
         reward_normalizer: RewardNormalizer | None = None,
     ) -> None:
+        check_environments(envs)
+        check_attributes("policy", policy, _OF_POLICY, expected="an ActorCritic")
         check_count("steps", steps)
         check_count("seed", seed, at_least=0)
         self.envs, self.policy, self.steps, self.seed = envs, policy, steps, seed
@@ -315,6 +324,11 @@ class RolloutCollector:
 def _derived_seed(*key: int) -> int:
     """A seed below 2^31 for each key, independent of those of other keys."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+def check_environments(envs: Any) -> None:
+    """Require what is used of a vector environment."""
+    check_attributes("envs", envs, _OF_ENVIRONMENTS, expected="a vector environment")
 
 
 def _autoreset_mode(envs: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_count, check_range
+from steelyard._checks import check_count, check_range, check_tensor
 from steelyard.policy.actor_critic import HALF_LOG_TWO_PI, ActorCritic
 from steelyard.policy.objectives import Objective, Samples
 
@@ -163,7 +163,15 @@ class DenseNetwork:
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``[N, K]`` for rows ``[N, D]``: a buffer, valid until the next call."""
+        """Outputs ``[N, K]`` for rows ``[N, D]``: a buffer, valid until the next call.
+
+        Raises:
+            TypeError: ``x`` is no tensor.
+            ValueError: it requires a gradient, which a buffer cannot carry.
+        """
+        check_tensor("x", x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("x must not require a gradient, got one that does")
         self.inputs = [x]
         for weight, bias, buffer, tanh in zip(
             self.transposed, self.biases, self.outputs, self.tanh, strict=False

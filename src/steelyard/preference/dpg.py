@@ -115,7 +115,8 @@ def dpg_loss(
         raise ValueError(f"reward_range must be (low, high) with low < high, got {reward_range}")
     log_pi = widen(policy_logprobs)
     log_z = _per_sample("log_z", log_z, log_pi)
-    kept = log_z > -math.inf if mask is None else (log_z > -math.inf) & (mask != 0)
+    known = log_z != -math.inf  # NaN is none of the samples to leave out
+    kept = known if mask is None else known & (mask != 0)
     log_pi = fill_masked(log_pi, kept)
     log_p = fill_masked(target_log_scores.detach().to(log_pi.dtype) - log_z, kept)
     shift = fill_masked(_per_sample("baseline", baseline, log_pi), kept)
@@ -247,7 +248,8 @@ def dpg_divergence(
     check_mask(mask, policy_logprobs)
     log_pi = widen(policy_logprobs)
     log_z = _per_sample("log_z", log_z, log_pi)
-    kept = log_z > -math.inf if mask is None else (log_z > -math.inf) & (mask != 0)
+    known = log_z != -math.inf  # NaN is none of the samples to leave out
+    kept = known if mask is None else known & (mask != 0)
     given = policy_logprobs if proposal_logprobs is None else proposal_logprobs
     log_q = fill_masked(given.detach().to(log_pi.dtype), kept)
     log_p = fill_masked(target_log_scores.detach().to(log_pi.dtype) - log_z, kept)

@@ -132,6 +132,8 @@ def preference_calibration_error(margin: Tensor, *, bins: int = 10) -> Tensor:
     Source: Wang et al. (2023), Sec. 4, arXiv:2309.16240; ties are ours.
     """
     check_floating(margin=margin)
+    check_shape("margin", margin, (None,))
+    check_not_empty("margin", margin)
     correct = (margin.sign() + 1) / 2
     return expected_calibration_error(margin.abs().sigmoid(), correct, bins=bins)
 

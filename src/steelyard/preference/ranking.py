@@ -69,7 +69,7 @@ def ranking_accuracy(
         pair NaN.
 
     Raises:
-        TypeError: a log-probability is not floating point.
+        TypeError: a log-probability is not floating point, or lengths are complex.
         ValueError: shapes differ, empty input, or the lengths of one side only.
 
     Example:
@@ -93,6 +93,9 @@ def ranking_accuracy(
         check_same_shape(
             chosen_logprobs=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
         )
+        for name, lengths in (("chosen", chosen_lengths), ("rejected", rejected_lengths)):
+            if lengths.is_complex():
+                raise TypeError(f"{name}_lengths must have a real dtype, got {lengths.dtype}")
         chosen, rejected = widen(chosen) / chosen_lengths, widen(rejected) / rejected_lengths
     return share_right(chosen >= rejected, (chosen, rejected), chosen_logprobs, mask, reduction)
 

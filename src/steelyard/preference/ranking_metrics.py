@@ -25,6 +25,7 @@ from steelyard.preference.ranking_optimum import (
     PUBLISHED_BETAS,
     IdealizedRankingAccuracy,
     Unanimous,
+    check_ideal,
     idealized_pairs,
     summarise_betas,
 )
@@ -187,6 +188,10 @@ class IdealizedRankingAccuracyMetric(_torchmetrics.Metric):  # type: ignore[misc
         unanimous: as there.
         **options: of ``torchmetrics.Metric``.
 
+    Raises:
+        TypeError: ``betas`` is no sequence of numbers, or ``eps`` no number.
+        ValueError: no ``betas``, or a setting out of range.
+
     Example:
         >>> import torch
         >>> metric = IdealizedRankingAccuracyMetric(betas=(0.1, 1.0))
@@ -216,6 +221,7 @@ class IdealizedRankingAccuracyMetric(_torchmetrics.Metric):  # type: ignore[misc
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_ideal(betas, eps, unanimous)
         self.betas = tuple(betas)
         self.eps = eps
         self.unanimous = unanimous

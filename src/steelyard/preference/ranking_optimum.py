@@ -9,7 +9,7 @@ arXiv:2405.19534.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,10 +151,7 @@ def idealized_pairs(
     check_floating(ref_log_ratio=ref_log_ratio)
     check_shape("ref_log_ratio", ref_log_ratio, (None,))
     check_not_empty("ref_log_ratio", ref_log_ratio)
-    check_range("eps", eps, above=0.0, below=0.5)
-    check_choice("unanimous", unanimous, ("clip", "code"))
-    if len(betas) == 0:
-        raise ValueError("betas must hold at least one value, got none")
+    check_ideal(betas, eps, unanimous)
     ratio = widen(ref_log_ratio.detach())
     share = _rater_share(alpha, ratio).detach()
     if unanimous == "clip":
@@ -164,6 +161,18 @@ def idealized_pairs(
         share = torch.where(share == 0, eps / (1 + eps), share)
     optimum = torch.stack([idealized_log_ratio(ratio, share, beta) for beta in betas])
     return share_right(optimum > 0, (optimum,), ratio, None, "none")
+
+
+def check_ideal(betas: Any, eps: float, unanimous: Unanimous) -> None:
+    """Check the settings of :func:`idealized_ranking_accuracy`."""
+    check_range("eps", eps, above=0.0, below=0.5)
+    check_choice("unanimous", unanimous, ("clip", "code"))
+    if not hasattr(betas, "__len__") or isinstance(betas, str):
+        raise TypeError(f"betas must be a sequence of numbers, got {type(betas).__name__}")
+    if len(betas) == 0:
+        raise ValueError("betas must hold at least one value, got none")
+    for beta in betas:
+        check_range("betas", beta, above=0.0, below=math.inf)
 
 
 def summarise_betas(per_beta: Tensor) -> IdealizedRankingAccuracy:
@@ -249,6 +258,8 @@ def ipo_flip_threshold(ref_log_ratio: Tensor, tau: float) -> Tensor:
 def _rater_share(alpha: Tensor | float, like: Tensor) -> Tensor:
     """``alpha`` as a tensor that broadcasts to ``like``, in its dtype."""
     if not isinstance(alpha, Tensor):
+        if hasattr(alpha, "__len__"):  # a NumPy array has no truth value
+            raise TypeError(f"alpha must be a number or a tensor, got {type(alpha).__name__}")
         check_range("alpha", alpha, at_least=0.0, at_most=1.0)
         return like.new_full((), alpha)
     check_floating(alpha=alpha)

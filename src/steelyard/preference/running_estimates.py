@@ -37,7 +37,7 @@ class LogPartition(nn.Module):
         max_log_z: ``value`` never exceeds it; a rare huge weight would otherwise rule for long.
 
     Raises:
-        TypeError: ``num_contexts`` is not an integer.
+        TypeError: ``num_contexts`` is not an integer, or ``max_log_z`` not a number.
         ValueError: it is below 1, or ``max_log_z`` is NaN.
 
     Example:
@@ -70,6 +70,8 @@ class LogPartition(nn.Module):
         super().__init__()
         if num_contexts is not None:
             check_count("num_contexts", num_contexts)
+        if isinstance(max_log_z, bool) or not isinstance(max_log_z, int | float):
+            raise TypeError(f"max_log_z must be a number, got {type(max_log_z).__name__}")
         if math.isnan(max_log_z):
             raise ValueError(f"max_log_z must be a number, got {max_log_z}")
         self.num_contexts = num_contexts
@@ -116,7 +118,7 @@ class LogPartition(nn.Module):
         """Return the ``log_z`` of these samples *before* their weights are added, then add them."""
         before = self.value.clone()
         self.update(log_weights, contexts)
-        return before if contexts is None else before[contexts.to(before.device)]
+        return before if contexts is None else before[contexts.to(before.device, torch.long)]
 
     def _index(self, log_w: Tensor, contexts: Tensor | None) -> Tensor:
         if self.num_contexts is None:

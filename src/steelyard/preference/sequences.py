@@ -9,10 +9,12 @@ Results are float32 or wider. A log ratio rounded to half precision before it is
 response would lose more than one training step changes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_integer_dtype, check_mask, check_shape
+from steelyard._checks import check_floating, check_integer_dtype, check_mask, check_shape, given
 from steelyard._reduce import widen
 from steelyard.divergences import KL
 from steelyard.fused import linear_divergence, linear_logprobs
@@ -66,9 +68,11 @@ def fused_logprobs(
     check_mask(mask, tokens)
     kept = None if mask is None else mask != 0
     states, targets = (x.flatten(0, 1) if kept is None else x[kept] for x in (hidden, tokens))
-    values = linear_logprobs(
-        widen(states), weight, targets, bias=bias, temperature=temperature, chunk_size=chunk_size
-    ).logprobs
+    options: dict[str, Any] = {"bias": bias, "temperature": temperature, "chunk_size": chunk_size}
+    try:
+        values = linear_logprobs(widen(states), weight, targets, **options).logprobs
+    except ValueError as error:  # only linear_logprobs reads the ids; it calls them targets
+        raise ValueError(str(error).replace("targets", "tokens")) from None
     if kept is None:
         return values.view(tokens.shape)
     return values.new_zeros(tokens.shape).index_put((kept,), values)
@@ -186,6 +190,9 @@ def fused_token_kl(
     order and computes this one.
     """
     _check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, None)
+    for name, bias in given(policy_bias=policy_bias, ref_bias=ref_bias).items():
+        check_floating(**{name: bias})
+        check_shape(name, bias, (policy_weight.shape[0],))
     shape = policy_hidden.shape[:2]
     check_mask(mask, policy_hidden[..., 0])
     values = linear_divergence(

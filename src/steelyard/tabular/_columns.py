@@ -1,14 +1,14 @@
 """Columns of arrays and of pandas and polars frames, without requiring either package."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Column", "is_frame", "read_columns"]
+__all__ = ["Column", "check_names", "check_rows", "is_frame", "read_columns"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,22 @@ class Column:
             nan: NDArray[np.bool_] = np.isnan(self.values)
             return nan
         return np.array([value is None for value in self.values.tolist()], dtype=bool)
+
+
+def check_rows(**tables: Any) -> None:
+    """Require arrays, frames or sequences, which have rows."""
+    for name, table in tables.items():
+        if not hasattr(table, "__len__") or getattr(table, "shape", None) == ():
+            raise TypeError(f"{name} must have rows, got {type(table).__name__}")
+
+
+def check_names(argument: str, names: Any) -> None:
+    """Require a sequence or a mapping of names, each of them text."""
+    if not isinstance(names, Sequence | Mapping) or isinstance(names, str):
+        raise TypeError(f"{argument} must be column names, got {type(names).__name__}")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be column names, got {name!r}")
 
 
 def is_frame(X: Any) -> bool:
@@ -75,7 +91,7 @@ def _from_polars(series: Any, name: str, *, levels: bool) -> NDArray[Any]:
     if not series.dtype.is_numeric() and not kind.startswith(
         ("Bool", "String", "Categorical", "Enum", "Null", "Object")
     ):
-        raise TypeError(f"column {name!r} must hold numbers or levels, got dtype {kind}")
+        raise TypeError(f"X: column {name!r} must hold numbers or levels, got dtype {kind}")
     return _levels(series.to_list(), name)
 
 
@@ -86,7 +102,7 @@ def _from_array_like(part: Any, name: str, *, levels: bool) -> NDArray[Any]:
             return np.asarray(part, dtype=np.float64)
         return np.asarray(part.to_numpy(dtype=np.float64, na_value=np.nan))
     if kind in "mMcV":
-        raise TypeError(f"column {name!r} must hold numbers or levels, got dtype {part.dtype}")
+        raise TypeError(f"X: column {name!r} must hold numbers or levels, got dtype {part.dtype}")
     items = part.tolist()
     if not isinstance(part, np.ndarray):  # pandas marks missing values in several ways
         items = [None if gone else item for item, gone in zip(items, part.isna(), strict=True)]
@@ -107,7 +123,7 @@ def _levels(items: list[Any], name: str) -> NDArray[Any]:
             result[:] = [item.item() if isinstance(item, kind) else item for item in result]
         elif not issubclass(kind, str | int | type(None)):
             raise TypeError(
-                f"column {name!r}: argument must be a string or a number, got {kind.__name__}"
+                f"X: column {name!r}: argument must be a string or a number, got {kind.__name__}"
             )
     return result
 
@@ -115,5 +131,7 @@ def _levels(items: list[Any], name: str) -> NDArray[Any]:
 def _checked(name: str, values: NDArray[Any]) -> Column:
     numeric = values.dtype != object
     if numeric and np.isinf(values).any():
-        raise ValueError(f"column {name!r} contains infinity; NaN means missing, infinity does not")
+        raise ValueError(
+            f"X: column {name!r} contains infinity; NaN means missing, infinity does not"
+        )
     return Column(name, numeric, values)

@@ -73,7 +73,8 @@ def audit_fairness(
         A :class:`FairnessAudit`; a single cell has a divergence and an unfairness of 0.
 
     Raises:
-        ValueError: not finite, different lengths, fewer than 4 items.
+        TypeError: ``permutations`` or ``random_state`` is not an integer.
+        ValueError: not finite, different lengths, fewer than 4 items, or a negative setting.
 
     Example:
         >>> race = ["x", "y"] * 100
@@ -89,6 +90,7 @@ def audit_fairness(
     """
     values = finite_vector("outputs", outputs)
     check_count("permutations", permutations, at_least=0)
+    check_count("random_state", random_state, at_least=0)
     encoded = encode_sensitive(sensitive, categorical=categorical)
     if len(next(iter(encoded.values()))) != len(values):
         raise ValueError(f"sensitive must have {len(values)} items like outputs")

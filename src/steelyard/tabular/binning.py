@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from steelyard._checks import check_choice, check_count, check_range
 from steelyard._extras import require
-from steelyard.tabular._columns import Column, is_frame, read_columns
+from steelyard.tabular._columns import Column, check_names, is_frame, read_columns
 from steelyard.tabular._prebins import (
     BinningRule,
     PreBins,
@@ -172,14 +172,23 @@ class WoEBinner(
             columns: features; ``None`` = all but the target.
             sample_rows: rows of the sample.
             seed: of the sample.
+
+        Raises:
+            TypeError: ``columns`` are no names, or ``source`` is of another kind.
+            ValueError: a column is not there, or a setting out of range.
         """
         self._check_settings()
         if self.special_values:
             raise ValueError("special_values are not supported by fit_duckdb, make them NULL")
+        if columns is not None:
+            check_names("columns", columns)
         relation = open_relation(source)
         names = [n for n in relation.columns if n != target] if columns is None else list(columns)
-        if not names or target not in relation.columns or {*names} - {*relation.columns}:
-            raise ValueError(f"the source has no column {target!r} or lacks one of {names}")
+        known = list(relation.columns)
+        if not isinstance(target, str) or target not in known:
+            raise ValueError(f"target: the source has no column {target!r}, it has {known}")
+        if not names or {*names} - {*known}:
+            raise ValueError(f"columns must be one or more of the source's {known}, got {names}")
         levels = {n if isinstance(n, str) else names[n] for n in self.categorical or ()}
         numbers = [n for n in numeric_columns(relation) if n in names and n not in levels]
         size = self._rule(None).candidates() if self.method == "quantile" else self.max_prebins
@@ -220,7 +229,7 @@ class WoEBinner(
             if self.unseen == "error" and (codes[:, place] < 0).any():
                 value = column.values[codes[:, place] < 0][0]
                 raise ValueError(
-                    f"column {bins.name!r} has a value without a bin, {value!r}, which did not "
+                    f"X: column {bins.name!r} has a value without a bin, {value!r}, which did not "
                     'occur in fit; unseen="neutral" gives it WoE 0'
                 )
         return codes
@@ -249,6 +258,9 @@ class WoEBinner(
 
         Returns:
             :func:`iv_inference` for each column; ``None`` for a column of one bin.
+
+        Raises:
+            ValueError: ``y`` holds one class only or others than in fit, or ``X`` does not fit.
         """
         codes = self.bin_indices(X)
         labels = _validation.column_or_1d(y)
@@ -256,6 +268,8 @@ class WoEBinner(
             raise ValueError(f"y must hold only the classes of fit, {self.classes_.tolist()}")
         bad = (labels == self.classes_[1]).astype(np.float64)
         _validation.check_consistent_length(codes, bad)
+        if len(np.unique(bad)) < 2:
+            raise ValueError(f"y must hold both classes of fit, got {np.unique(labels).tolist()}")
         result: dict[str, IVInference | None] = {}
         for place, bins in enumerate(self.columns_):
             code = codes[:, place]

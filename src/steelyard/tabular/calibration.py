@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from steelyard._checks import check_range
 from steelyard._extras import require
 from steelyard.divergences import concatenated_distance_covariance
+from steelyard.tabular._columns import check_rows
 from steelyard.tabular._sensitive import (
     cell_index,
     encode_sensitive,
@@ -97,6 +98,7 @@ def calibrate_strength(
         A :class:`StrengthPath`.
 
     Raises:
+        TypeError: ``X``, ``y`` or ``seeds`` is a single value, or ``parameter`` no text.
         ValueError: lengths differ, strengths not increasing, a setting out of range, or no strength
             reaches the target.
 
@@ -118,6 +120,9 @@ def calibrate_strength(
     """
     grid = _check_strengths(strengths)
     check_range("validation", validation, above=0.0, below=1.0)
+    check_rows(X=X, y=y, seeds=seeds)
+    if not isinstance(parameter, str):
+        raise TypeError(f"parameter must be a name, got {type(parameter).__name__}")
     if len(seeds) == 0:
         raise ValueError("seeds must hold at least one seed, got none")
     outcome = np.asarray(y)

@@ -51,7 +51,7 @@ class ColumnBins:
         if column.numeric != self.numeric and len(column.values):
             kinds = {True: "numbers", False: "levels"}
             raise TypeError(
-                f"column {self.name!r} must hold {kinds[self.numeric]} as in fit, got "
+                f"X: column {self.name!r} must hold {kinds[self.numeric]} as in fit, got "
                 f"{kinds[column.numeric]}"
             )
         missing = column.missing()

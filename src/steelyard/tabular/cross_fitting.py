@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from steelyard._extras import require
+from steelyard.tabular._columns import check_rows
 from steelyard.tabular.binning import WoEBinner
 
 _base = require("sklearn.base", extra="tabular")
@@ -51,6 +52,7 @@ def cross_fitted_iv(
         ``statistic``, ``degrees_of_freedom`` and ``p_value`` (1 where every fold has one bin).
 
     Raises:
+        TypeError: ``binner`` is no :class:`WoEBinner`, or ``X`` or ``y`` is a single value.
         ValueError: as :meth:`WoEBinner.fit`, or fewer members of a class than folds.
 
     Example:
@@ -67,6 +69,9 @@ def cross_fitted_iv(
 
     Source: our remedy for bins chosen on the same data (04 Sec. 4.3).
     """
+    if not isinstance(binner, WoEBinner):
+        raise TypeError(f"binner must be a WoEBinner, got {type(binner).__name__}")
+    check_rows(X=X, y=y)
     splitter = _selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
     labels = np.asarray(y)
     results = []

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from steelyard._checks import check_count, check_range
 from steelyard._extras import require
+from steelyard.tabular._columns import check_names
 from steelyard.tabular._prebins import quantile_cuts
 from steelyard.tabular.column_bins import quoted
 from steelyard.tabular.drift import PSITest, psi_test
@@ -59,8 +60,10 @@ def duckdb_bin_counts(
     Source: counts are all that WoE, IV, PSI and their inference need; Sudjianto, Burakov (2025),
     arXiv:2509.09855.
     """
+    if not isinstance(cuts, Mapping):
+        raise TypeError(f"cuts must map column names to cuts, got {type(cuts).__name__}")
     relation = open_relation(source)
-    kinds = _column_kinds(relation, [*cuts, *([] if by is None else [by])])
+    kinds = _column_kinds(relation, cuts=cuts, by=[] if by is None else [by])
     checked = {name: _check_cuts(name, values) for name, values in cuts.items()}
     # each query reads its own columns of a file; a relation may be dear to evaluate twice
     size = _COLUMNS if isinstance(source, str | Path) else max(len(checked), 1)
@@ -133,8 +136,11 @@ def duckdb_psi(
     """
     check_count("num_bins", num_bins, at_least=2)
     check_range("alpha", alpha, above=0.0, below=1.0)
-    first, second = open_relation(base), open_relation(current)
-    if columns is None:
+    first, second = open_relation(base, name="base"), open_relation(current, name="current")
+    if columns is not None:
+        _column_kinds(first, columns=columns)
+        _column_kinds(second, columns=columns)
+    else:
         both = set(second.columns)
         columns = [name for name in numeric_columns(first) if name in both]
     if cuts is None:
@@ -182,7 +188,7 @@ def duckdb_cuts(
     check_count("num_bins", num_bins)
     check_count("sample_rows", sample_rows)
     relation = open_relation(source)
-    _column_kinds(relation, columns)
+    _column_kinds(relation, columns=columns)
     total = relation.aggregate("count(*)").fetchall()[0][0]
     names = ", ".join(f"{quoted(name)}::DOUBLE AS c{i}" for i, name in enumerate(columns))
     query = f"SELECT {names} FROM source"  # nosec B608  # names are quoted
@@ -204,9 +210,14 @@ def duckdb_level_counts(
 
     Returns:
         For each column its levels and the counts ``[L + 1, 2]``, missing values last.
+
+    Raises:
+        TypeError: ``columns`` or ``by`` are no names, or ``source`` is of another kind.
+        ValueError: an unknown column, or ``by`` without two values or with missing ones.
+        ModuleNotFoundError: DuckDB is not installed.
     """
     relation = open_relation(source)
-    _column_kinds(relation, [*columns, by])
+    _column_kinds(relation, columns=columns, by=[by])
     parts = ["count(*)", *(f"histogram({quoted(name)})" for name in columns)]
     rows = grouped_rows(relation, parts, by)
     result = {}
@@ -220,7 +231,7 @@ def duckdb_level_counts(
     return result
 
 
-def open_relation(source: Any) -> Any:
+def open_relation(source: Any, *, name: str = "source") -> Any:
     """Open a Parquet file, or pass a relation through.
 
     Raises:
@@ -233,10 +244,10 @@ def open_relation(source: Any) -> Any:
             return duckdb.read_parquet(str(source))
         except duckdb.Error as error:
             reason = str(error).split("\n", 1)[0]
-            raise ValueError(f"source must be a Parquet file, got {source}: {reason}") from error
+            raise ValueError(f"{name} must be a Parquet file, got {source}: {reason}") from error
     if not hasattr(source, "aggregate") or not hasattr(source, "columns"):
         raise TypeError(
-            "source must be the path of a Parquet file or a DuckDB relation, got "
+            f"{name} must be the path of a Parquet file or a DuckDB relation, got "
             f"{type(source).__name__}"
         )
     return source
@@ -265,11 +276,15 @@ def grouped_rows(relation: Any, parts: list[str], by: str | None) -> list[tuple[
     return [row[1:] for row in sorted(rows)]
 
 
-def _column_kinds(relation: Any, names: Sequence[str]) -> dict[str, str]:
+def _column_kinds(relation: Any, **names: Any) -> dict[str, str]:
+    """Types of all columns; the names that an argument gives must be among them."""
     kinds = dict(zip(relation.columns, map(str, relation.types), strict=True))
-    unknown = [name for name in names if name not in kinds]
-    if unknown:
-        raise ValueError(f"the source has no column {unknown}; it has {list(kinds)[:20]}")
+    for argument, given in names.items():
+        check_names(argument, given)
+        if unknown := [name for name in given if name not in kinds]:
+            raise ValueError(
+                f"{argument}: the source has no column {unknown}; it has {list(kinds)[:20]}"
+            )
     return kinds
 
 

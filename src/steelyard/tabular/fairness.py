@@ -21,7 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from steelyard._checks import check_choice, check_count, check_floating, check_range
+from steelyard._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_range,
+    check_tensor,
+)
 from steelyard.divergences import (
     concatenated_distance_covariance,
     distance_covariance,
@@ -118,10 +124,12 @@ class DistanceCovarianceRegularizer(nn.Module):
 
         Raises:
             ValueError: wrong shapes, no attribute, or fewer than 4 items (unbiased).
-            TypeError: an integer tensor, which could be a code or a number.
+            TypeError: not a tensor, or an integer one, which could be a code or a number.
         """
+        check_floating(outputs=outputs)
         attributes = _attributes(sensitive)
         if mask is not None:
+            check_tensor("mask", mask)
             outputs, attributes = _kept(outputs, attributes, mask)
             if not len(outputs):
                 return outputs.sum()
@@ -308,6 +316,8 @@ def _attributes(sensitive: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> 
     elif isinstance(sensitive, Mapping):
         named = {f"sensitive[{name!r}]": tensor for name, tensor in sensitive.items()}
     else:
+        if not isinstance(sensitive, Sequence):
+            raise TypeError(f"sensitive must be tensors, got {type(sensitive).__name__}")
         named = {f"sensitive[{k}]": tensor for k, tensor in enumerate(sensitive)}
     if not named:
         raise ValueError("sensitive must hold at least one attribute, got none")
@@ -356,7 +366,10 @@ def _kept(outputs: Tensor, attributes: list[Tensor], mask: Tensor) -> tuple[Tens
 def finite_vector(name: str, values: ArrayLike) -> Array:
     if isinstance(values, Tensor):
         values = values.detach().double().numpy(force=True)
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must hold numbers: {error}") from None
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} must have shape [N] with N >= 1, got {list(array.shape)}")
     if not np.isfinite(array).all():

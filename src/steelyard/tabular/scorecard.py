@@ -246,6 +246,8 @@ class Scorecard(_base.ClassifierMixin, _base.BaseEstimator):  # type: ignore[mis
 
     def _check_settings(self) -> None:
         check_choice("encoding", self.encoding, ("woe", "onehot", "stumps"))
+        if not isinstance(self.C, float | int | np.number):
+            raise TypeError(f"C must be a number, got {type(self.C).__name__}")
         if not self.C > 0:
             raise ValueError(f"C must be > 0, got {self.C}")
         check_range("base_odds", self.base_odds, above=0.0)

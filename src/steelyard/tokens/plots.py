@@ -128,6 +128,7 @@ def plot_cross_sampling(
         A matplotlib figure; its title says how much of the gap each rule closes at its best point.
 
     Raises:
+        TypeError: ``switched`` or ``control`` is no :class:`CrossSamplingCurve`.
         ValueError: a curve is empty, has unequal lengths or leaves [0, 1]; ``samples < 1``.
 
     Example:
@@ -237,6 +238,8 @@ def _label_ends(
 
 
 def _check_curve(name: str, curve: CrossSamplingCurve) -> None:
+    if not isinstance(curve, CrossSamplingCurve):
+        raise TypeError(f"{name} must be a CrossSamplingCurve, got {type(curve).__name__}")
     shares, success = curve.share_switched, curve.success
     if len(shares) == 0 or len(shares) != len(success):
         raise ValueError(

@@ -7,6 +7,7 @@ Source: Fan et al. (2024), DiverGen, arXiv:2405.10185, and its code.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -227,8 +228,12 @@ def place_cutout(
         raise TypeError(f"alpha must have a floating dtype, got {alpha.dtype}")
     for name, value in (("height", height), ("width", width)):
         check_count(name, value)
-    for name, value in (("size[0]", size[0]), ("size[1]", size[1])):
-        check_count(name, value)
+    for name, pair in (("size", size), ("centre", centre)):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise TypeError(f"{name} must be two numbers, got {pair!r:.60}")
+    for index in range(2):
+        check_count(f"size[{index}]", size[index])
+        check_range(f"centre[{index}]", centre[index], above=-math.inf, below=math.inf)
     colours, opacity = cutout.as_subclass(Tensor), alpha.as_subclass(Tensor)
     layers = torch.cat((colours.to(opacity.dtype), opacity[None]))
     layers = layers.flip(-1) if flip else layers

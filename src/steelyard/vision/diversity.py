@@ -278,14 +278,18 @@ def grouped_average(ap: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
     check_floating(ap=ap)
     check_shape("ap", ap, (None,))
     check_not_empty("ap", ap)
-    names = list(groups)
+    try:
+        names = list(groups)
+        distinct = list(dict.fromkeys(names))
+    except TypeError:
+        raise TypeError(f"groups must be a sequence of names, got {groups!r:.60}") from None
     if len(names) != len(ap):
         raise ValueError(f"groups must have {len(ap)} names, got {len(names)}")
     if "all" in names:
         raise ValueError('groups must not contain "all", which names the average over all')
     counted = ap.detach() >= 0
     result = {}
-    for group in [*dict.fromkeys(names), "all"]:
+    for group in [*distinct, "all"]:
         member = [group in ("all", name) for name in names]
         chosen = counted & torch.tensor(member, device=ap.device)
         total = torch.where(chosen, ap.detach(), 0.0).sum()
@@ -324,7 +328,13 @@ def repeat_factors(
     """
     check_count("num_categories", num_categories)
     check_range("threshold", threshold, above=0.0)
-    images = [sorted(set(categories)) for categories in image_categories]
+    try:
+        images = [sorted(set(categories)) for categories in image_categories]
+        flat = torch.tensor([c for categories in images for c in categories], dtype=torch.long)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"image_categories must be sequences of integers, got {image_categories!r:.60}"
+        ) from None
     if not images:
         raise ValueError("image_categories must have at least one image, got none")
     for categories in images:
@@ -332,7 +342,6 @@ def repeat_factors(
             raise ValueError(
                 f"image_categories must lie in [0, {num_categories}), got {categories}"
             )
-    flat = torch.tensor([c for categories in images for c in categories], dtype=torch.long)
     share = torch.bincount(flat, minlength=num_categories).double() / len(images)
     factor = (threshold / share).sqrt().clamp(min=1)
     category = torch.where(share > 0, factor, 1.0)
