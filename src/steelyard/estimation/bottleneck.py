@@ -25,13 +25,6 @@ from steelyard._checks import (
     check_shape,
     check_tensor,
 )
-    check_floating,
-    check_mask,
-    check_not_empty,
-    check_range,
-    check_shape,
-    check_tensor,
-)
 from steelyard.divergences import (
     cauchy_schwarz_mutual_information,
     conditional_cauchy_schwarz,

@@ -171,7 +171,7 @@ class GaussianGraphicalFamily:
         check_floating(**{TRUTH: truth})
         check_shape(TRUTH, truth, (None, self.dim))
         if truth.shape[0] < 2 or not bool(torch.isfinite(truth.detach()).all()):
-            raise ValueError(f"{TRUTH}: rows of data must be finite, and at least two")
+            raise ValueError(f"{TRUTH} must be finite rows of data, at least two")
         return self.statistics(truth)
 
     def _forms(self, theta: Tensor) -> tuple[Tensor, Tensor]:
