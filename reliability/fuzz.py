@@ -187,7 +187,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     unknown = [f"no case: {name}" for name in missing()]
     unknown += [f"not public: {name}" for name in obsolete()]
     print("\n".join(unknown), end="\n" if unknown else "")
@@ -210,4 +209,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     sys.exit(main())
