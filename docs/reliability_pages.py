@@ -41,16 +41,16 @@ def fuzz_table(file: Path) -> str:
     packages: dict[str, list[int]] = {}
     counts = ("tried", "accepted", "refused", "bad")
     for name, found in result["by_function"].items():
-        sums = packages.setdefault(name.split(".")[0], [0] * (len(counts) + 2))
-        values = (1, *(found[key] for key in counts), len(found["known"]))
+        sums = packages.setdefault(name.split(".")[0], [0] * (len(counts) + 3))
+        values = (1, *(found[key] for key in counts), len(found["open"]), len(found["known"]))
         packages[name.split(".")[0]] = [a + b for a, b in zip(sums, values, strict=True)]
     rows = [[name, *map(str, sums)] for name, sums in sorted(packages.items())]
     total = [str(sum(column)) for column in zip(*packages.values(), strict=True)]
-    open_ones = sum(len(found) for found in result["open_findings"].values())
     return "\n\n".join(
         (
             f"{result['tried']:,} inputs, seed {result['seed']}, up to {result['examples']} a "
-            f"function; {versions(result)}. Findings still to be mended: {open_ones}.",
-            table(["package", "functions", *counts, "known, distinct"], [*rows, ["all", *total]]),
+            f"function; {versions(result)}. *Open*: cases still to be mended; *known*: cases that "
+            "stand for a reason.",
+            table(["package", "functions", *counts, "open", "known"], [*rows, ["all", *total]]),
         )
     )
