@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
 
 KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "anatomy.decompose": (("labels", "an argument of the user's own loss"),),
+    "divergences.joint_distance_covariance": (("argument after *", "Python's own star error"),),
     "optim.AdamP.step": (("closure", "torch's own optimiser protocol"),),
     "optim.SGDP.step": (("closure", "torch's own optimiser protocol"),),
     "equivariant.BundleConvolution.calibrate": (("NaN in", "returns nothing"),),
@@ -53,6 +54,8 @@ DOMAIN: dict[str, str] = {
     "diffusion.ddpo_step": "alphabar_prev = 1 is a step without noise",
     "diffusion.finite_data_velocity": "probabilities of total mass 0",
     "vision.federated_weights": "negative counts",
+    "estimation.volume_logprob": "repeated indices span no volume: minus infinity",
+    "estimation.inductive_bias": "an error of 0 has probability 0: infinity",
     "divergences.sinkhorn_plan": "marginals of total mass 0 cannot be normalised",
     "divergences.sinkhorn_potentials": "marginals of total mass 0 cannot be normalised",
     "divergences.sinkhorn_divergence": "marginals of total mass 0 cannot be normalised",
