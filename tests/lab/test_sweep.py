@@ -5,8 +5,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,14 +89,30 @@ def launch() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A Ray cluster of one node, as somebody's machines would run it."""
-    ray = Path(sys.executable).with_name("ray")
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    address = "127.0.0.1:26379"
-    command = [ray, "start", "--head", "--port=26379", "--num-cpus=2", "--include-dashboard=false"]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    yield address
-    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, env=environment)
+    """A Ray cluster of one node, as somebody's machines would run it, apart from any other."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as place:
+        port, client_port = free_port(), free_port()
+        head = subprocess.Popen(
+            [
+                *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
+                *(f"--port={port}", f"--ray-client-server-port={client_port}"),
+                *("--num-cpus=2", "--include-dashboard=false", f"--temp-dir={place}"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+            start_new_session=True,
+        )
+        wait_for((Path(place) / "ray_current_cluster").exists)
+        yield f"127.0.0.1:{port}"
+        head.terminate()  # it ends what it has started
+        head.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def unbroken(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
