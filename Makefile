@@ -64,7 +64,7 @@ bench: $(BIN)/.dev  ## Measure speed beside the peers (about three hours)
 
 faults: $(BIN)/.dev  ## Break runs on purpose, and the public functions with bad arguments
 	$(BIN)/python reliability/faults.py --out reliability/results/faults.json
-	$(BIN)/python reliability/fuzz.py --out reliability/results/fuzz.json
+	$(BIN)/python reliability/fuzz.py --examples 40 --out reliability/results/fuzz.json
 
 audit: $(BIN)/.dev  ## Look for unsafe code, and for known holes in what is installed
 	$(BIN)/uv tool run bandit -q -c pyproject.toml -r src

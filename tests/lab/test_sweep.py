@@ -211,6 +211,7 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path, toy_path: s
         ([], {}, "recipes must name at least one"),
         (["TOY", "TOY"], {}, "recipes must differ, got 'toy' twice"),
         (["TOY"], {"seeds": 0}, "seeds must be >= 1, got 0"),
+        (["TOY"], {"cpus": 0}, "cpus must be >= 1, got 0"),
         (["TOY"], {"retries": -1}, "retries must be >= 0, got -1"),
         (["TOY"], {"form": "half"}, "form"),
         (["nothing-like-it"], {}, "nothing-like-it"),

@@ -123,7 +123,7 @@ def start_sweep(
         new_setup(recipe, form, None, seeds or 1, None, checkpoint_seconds=0, tensorboard=False)
     if seeds is not None:
         check_range("seeds", seeds, at_least=1)
-    check_range("retries", retries, at_least=0)
+    _check_resources(cpus, retries)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = (Path(out) if out is not None else Path("runs") / f"sweep-{now}").absolute()
     plan = Plan(tuple(r.reference for r in loaded), form, seeds, checkpoint_seconds)
@@ -142,6 +142,7 @@ def resume_sweep(
     console: Console | None = None,
 ) -> Path:
     """Go on with a sweep, however it ended; arguments and errors as :func:`start_sweep`."""
+    _check_resources(cpus, retries)
     folder = Path(folder).absolute()
     plan = Plan.read(folder)
     with owned(folder):
@@ -151,6 +152,12 @@ def resume_sweep(
 def run_folders(folder: Path) -> list[Path]:
     """Return the run folders of a sweep, in order."""
     return [folder / load_recipe(recipe).name for recipe in Plan.read(folder).recipes]
+
+
+def _check_resources(cpus: int | None, retries: int) -> None:
+    if cpus is not None:
+        check_range("cpus", cpus, at_least=1)  # with none, Ray would wait for ever
+    check_range("retries", retries, at_least=0)
 
 
 def _agree(folder: Path, plan: Plan) -> None:
