@@ -83,6 +83,11 @@ def test_the_comparison_prints_what_it_shows(capsys: pytest.CaptureFixture[str])
     assert run_page("docs/comparison.md", capsys)
 
 
+def test_the_guide_to_diffusers_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    assert run_page("docs/how-to/diffusers.md", capsys)
+
+
 @pytest.mark.slow
 def test_the_loss_tutorial_shows_that_bpo_moves_less_and_guesses_as_well(
     capsys: pytest.CaptureFixture[str],
