@@ -8,6 +8,7 @@ A tiny model first learns to sort from demonstrations of which only a part is ri
 With your own model and task replace `base_model` and `task`.
 """
 
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,16 @@ def base_model(task: Any, tokenizer: Any, steps: int) -> Any:
 
 
 def main(settings: Settings) -> None:
-    """Train and save on the first process."""
+    """Train, and leave together."""
+    accelerator = train(settings)
+    accelerator.wait_for_everyone()  # nobody leaves while the first process saves
+    accelerator.free_memory()
+    gc.collect()  # DDP's reducer has to go before its process group, or torch may lock up
+    accelerator.end_training()
+
+
+def train(settings: Settings) -> Any:
+    """Train and save on the first process; return the accelerator."""
     task = sorting(4)
     tokenizer = tiny_tokenizer(task.symbols)
     trainer = GRPOTrainer(
@@ -102,8 +112,7 @@ def main(settings: Settings) -> None:
         quarter = max(1, len(rewards) // 4)
         first, last = (sum(part) / quarter for part in (rewards[:quarter], rewards[-quarter:]))
         print(f"reward {first:.2f} -> {last:.2f}, model: {settings.out}")
-    trainer.accelerator.wait_for_everyone()  # nobody leaves while the first process saves
-    trainer.accelerator.end_training()
+    return trainer.accelerator
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and pairs (JSON lines with prompt, chosen, rejected):
 """
 
 import copy
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,16 @@ def sorted_pairs(count: int) -> list[dict[str, Any]]:
 
 
 def main(settings: Settings) -> None:
-    """Train, evaluate on the last tenth of the pairs, and save on the first process."""
+    """Train, and leave together."""
+    accelerator = train(settings)
+    accelerator.wait_for_everyone()  # nobody leaves while the first process saves
+    accelerator.free_memory()
+    gc.collect()  # DDP's reducer has to go before its process group, or torch may lock up
+    accelerator.end_training()
+
+
+def train(settings: Settings) -> Any:
+    """Train, evaluate on the last tenth of the pairs, save; return the accelerator."""
     pairs = read_pairs(settings.pairs) if settings.pairs else sorted_pairs(400)
     if settings.model:
         model, tokenizer = load_language_model(settings.model)
@@ -110,8 +120,7 @@ def main(settings: Settings) -> None:
         metrics["processes"] = trainer.accelerator.num_processes
         (settings.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"ranking accuracy {metrics['eval_ranking/accuracy']:.2f}, model: {settings.out}")
-    trainer.accelerator.wait_for_everyone()  # nobody leaves while the first process saves
-    trainer.accelerator.end_training()
+    return trainer.accelerator
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Run a test file as a program in two processes on gloo, and compare what it found with one's."""
 
+import gc
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ def write(found, out):
     if torch.distributed.get_rank() == 0:
         found["processes"] = torch.distributed.get_world_size()
         Path(out).write_text(json.dumps(found))
+    gc.collect()  # DDP's reducer has to go before its process group, or torch may lock up
     torch.distributed.destroy_process_group()
 
 
