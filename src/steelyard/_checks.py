@@ -93,6 +93,22 @@ def check_range(
         raise ValueError(f"{name} must be {' and '.join(parts)}, got {value}")
 
 
+def check_not_nan(name: str, value: float) -> None:
+    """Require a real number, which may be infinite."""
+    try:
+        unknown = math.isnan(value)
+    except (TypeError, ValueError, RuntimeError):  # such as an array of several values
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if unknown:
+        raise ValueError(f"{name} must be a number, got {value}")
+
+
+def check_pair(name: str, pair: Any) -> None:
+    """Require two items, such as the ends of a range, whatever they are."""
+    if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+        raise TypeError(f"{name} must be two numbers, got {pair!r:.60}")
+
+
 def check_callable(**functions: Any) -> None:
     """Require functions, or objects that can be called like one."""
     for name, function in functions.items():

@@ -430,3 +430,21 @@ def test_parameters_without_gradient_and_empty_ones_are_left_alone():
     for optimizer in (AdamP([still, empty]), SGDP([still, empty], lr=0.1)):
         optimizer.step()
     assert still.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("optimizer", [AdamP, lambda p: SGDP(p, lr=0.1)])
+@pytest.mark.parametrize(("params", "error"), [([], ValueError), (None, TypeError), (3, TypeError)])
+def test_parameters_that_are_missing_are_refused_by_name(optimizer, params, error):
+    with pytest.raises(error, match=r"^params must"):
+        optimizer(params)
+
+
+@pytest.mark.parametrize("betas", [None, 0.9, (0.9,), (0.9, 0.99, 0.999)])
+def test_betas_that_are_not_two_are_refused_by_name(betas):
+    with pytest.raises(TypeError, match="betas must be two numbers"):
+        AdamP([nn.Parameter(torch.ones(2))], betas=betas)
+
+
+def test_parameters_may_come_from_a_generator():
+    weight = nn.Parameter(torch.ones(2))
+    assert AdamP(p for p in [weight]).param_groups[0]["params"] == [weight]

@@ -70,7 +70,7 @@ def test_errors_name_the_argument():
         psi_test([5], [4])
     with pytest.raises(ValueError, match="alpha"):
         psi_test([5, 4], [4, 5], alpha=0)
-    with pytest.raises(ValueError, match="period 1: current is empty in bin 0"):
+    with pytest.raises(ValueError, match=r"periods\[1\] is empty in bin 0"):
         psi_over_time([5, 4], [[4, 5], [0, 5]])
     with pytest.raises(ValueError, match=r"periods must have shape \[T, J\]"):
         psi_over_time([5, 4], [4, 5])

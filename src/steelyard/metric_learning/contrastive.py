@@ -229,7 +229,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor, *, unbiased: bool, eps: float) -
 def _standardised(z: Tensor, *, unbiased: bool, eps: float) -> Tensor:
     centred = widen(z)
     centred = centred - centred.mean(0)
-    variance = centred.square().sum(0) / (len(z) - int(unbiased))
+    variance = centred.square().sum(0) / (len(z) - (1 if unbiased else 0))
     return centred / (variance + eps).sqrt()
 
 

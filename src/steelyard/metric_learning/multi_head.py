@@ -95,6 +95,7 @@ def bounded_temperature(raw: Tensor, *, low: float = 0.05, high: float = 1.0) ->
     """
     check_floating(raw=raw)
     _check_bounds(low, high)
+    low, high = float(low), float(high)
     wide = widen(raw)
     width = high - low
     # from the nearer end: exact at both, never outside
@@ -218,7 +219,8 @@ def adaptive_temperature_loss(
         reduction: over the ``B`` anchors.
 
     Returns:
-        0-d, or ``[B]`` for ``"none"``; dtype of ``anchor``. It may be negative.
+        0-d, or ``[B]`` for ``"none"``; dtype of ``anchor``. It may be negative, and is NaN for a
+        temperature below 0, whose logarithm the penalty takes.
 
     Raises:
         ValueError: wrong shapes, empty input, or a setting out of range.
@@ -383,4 +385,6 @@ def _log_density(similarity: Tensor, temperature: Tensor, dim: int, beta: float)
 
 def _check_bounds(low: float, high: float) -> None:
     check_range("low", low, above=0.0)
-    check_range("high", high, above=low)
+    check_range("high", high)
+    if not high > low:
+        raise ValueError(f"high must be greater than low, {low}, got {high}")

@@ -21,6 +21,7 @@ from steelyard._checks import (
     check_floating,
     check_groups,
     check_not_empty,
+    check_pair,
     check_range,
     check_shape,
 )
@@ -210,11 +211,11 @@ def opis(
     Source: Zhang et al. (2024), Sec. 3, arXiv:2307.04047; the exact sum is ours.
     """
     gallery = _gallery(embeddings, labels)
-    low, high = _threshold_range(gallery, far_range, threshold_range)
+    ends = check_settings(far_range, threshold_range, grid)
+    low, high = _threshold_range(gallery, far_range, ends)
     if grid is None:
         score, utility = _exact_variance(gallery, low, high)
     else:
-        check_count("grid", grid, at_least=2)
         at = torch.linspace(0, 1, grid, dtype=low.dtype, device=low.device) * (high - low) + low
         at[-1] = high
         rates = [_rates(each, at) for each in gallery.classes()]
@@ -335,14 +336,37 @@ def _steps(each: _Class, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((low[None], place)), _utility(*_shares(accepted, wrong, each))
 
 
+def check_settings(
+    far_range: tuple[float, float],
+    threshold_range: tuple[float | Tensor, float | Tensor] | None,
+    grid: int | None,
+) -> list[float] | None:
+    """Check the settings of :func:`opis`; return the ends of ``threshold_range``."""
+    if grid is not None:
+        check_count("grid", grid, at_least=2)
+    if threshold_range is None:
+        check_pair("far_range", far_range)
+        check_range("far_range[0]", far_range[0], at_least=0.0, at_most=1.0)
+        check_range("far_range[1]", far_range[1], above=far_range[0], at_most=1.0)
+        return None
+    check_pair("threshold_range", threshold_range)
+    try:
+        ends = [float(end) for end in threshold_range]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"threshold_range must be two numbers, got {threshold_range!r:.60}"
+        ) from None
+    check_range("threshold_range[0]", ends[0], at_least=0.0)
+    check_range("threshold_range[1]", ends[1], above=ends[0])
+    return ends
+
+
 def _threshold_range(
     gallery: _Gallery,
     far_range: tuple[float, float],
-    threshold_range: tuple[float | Tensor, float | Tensor] | None,
+    ends: list[float] | None,
 ) -> tuple[Tensor, Tensor]:
-    if threshold_range is None:
-        check_range("far_range[0]", far_range[0], at_least=0.0, at_most=1.0)
-        check_range("far_range[1]", far_range[1], above=far_range[0], at_most=1.0)
+    if ends is None:
         if len(gallery.bounds) < 3:
             raise ValueError(
                 "labels must give two classes at least two items each, got one such class; "
@@ -355,14 +379,6 @@ def _threshold_range(
                 f"got {float(low)} for both ends; pass threshold_range"
             )
         return low, high
-    try:
-        ends = [float(end) for end in threshold_range]
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"threshold_range must be two numbers, got {threshold_range!r:.60}"
-        ) from None
-    check_range("threshold_range[0]", ends[0], at_least=0.0)
-    check_range("threshold_range[1]", ends[1], above=ends[0])
     return gallery.unit.new_tensor(ends[0]), gallery.unit.new_tensor(ends[1])
 
 

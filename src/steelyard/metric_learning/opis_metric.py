@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steelyard._checks import check_floating, check_groups, check_shape
 from steelyard._extras import require
-from steelyard.metric_learning.operating_points import OPIS, opis
+from steelyard.metric_learning.operating_points import OPIS, check_settings, opis
 
 _torchmetrics = require("torchmetrics", extra="metrics")
 
@@ -28,6 +28,10 @@ class OPISMetric(_torchmetrics.Metric):  # type: ignore[misc, name-defined]
         threshold_range: as in :func:`opis`.
         grid: as in :func:`opis`.
         **options: of ``torchmetrics.Metric``, which refuses names it does not know.
+
+    Raises:
+        TypeError: a range is not two numbers, or ``grid`` no integer.
+        ValueError: a range that is empty or out of bounds, or fewer than two thresholds.
 
     Example:
         Batches give the score of the whole:
@@ -59,6 +63,7 @@ class OPISMetric(_torchmetrics.Metric):  # type: ignore[misc, name-defined]
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_settings(far_range, threshold_range, grid)
         self.far_range = far_range
         self.threshold_range = threshold_range
         self.grid = grid

@@ -8,6 +8,7 @@ Source: Dai et al. (2025), Supervised Fine-Tuning or Contrastive Learning? Towar
 LLM Reranking, arXiv:2510.14824.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import Reduction, fill_masked, reduce_masked, widen
 
@@ -291,7 +293,8 @@ def _stop_easy(weights: Tensor, wrong: Tensor, mask_threshold: float | None) -> 
     if mask_threshold is None:
         return weights
     check_range("mask_threshold", mask_threshold, above=0.0, below=1.0)
-    return weights.masked_fill(wrong < mask_threshold, 0.0)
+    stopped = weights.masked_fill(wrong < mask_threshold, 0.0)
+    return stopped.masked_fill(wrong.isnan(), math.nan)
 
 
 def _signed_margin(yes: Tensor, no: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -319,6 +322,8 @@ def _check_lists(mask: Tensor | None, **tensors: Tensor) -> None:
     check_floating(**{name: value for name, value in tensors.items() if name != "labels"})
     name, first = next(iter(tensors.items()))
     check_shape(name, first, (None, None))
+    for other, tensor in tensors.items():
+        check_tensor(other, tensor)
     check_same_shape(**tensors)
     check_not_empty(name, first)
     check_mask(mask, first)

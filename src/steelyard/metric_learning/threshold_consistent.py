@@ -98,7 +98,8 @@ def tcm_loss(
     check_range("margin_negative", margin_negative, at_most=1.0)
     check_range("weight_positive", weight_positive, at_least=0.0)
     check_range("weight_negative", weight_negative, at_least=0.0)
-    margins = _Margins(margin_positive, margin_negative, weight_positive, weight_negative)
+    numbers = (margin_positive, margin_negative, weight_positive, weight_negative)
+    margins = _Margins(*map(float, numbers))  # a bool would not subtract
     unit = unit_rows(embeddings)
     if len(unit) <= _DENSE_ROWS:
         loss = _total(_sums(unit, unit, labels, labels, 0, margins), margins)

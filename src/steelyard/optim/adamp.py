@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from steelyard._checks import check_range
+from steelyard._checks import check_pair, check_range
 from steelyard.optim._projected import Projected, downhill
 
 __all__ = ["SGDP", "AdamP"]
@@ -89,6 +89,7 @@ class AdamP(Projected):
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
+        check_pair("betas", betas)
         check_range("betas[0]", betas[0], at_least=0.0, below=1.0)
         check_range("betas[1]", betas[1], at_least=0.0, below=1.0)
         defaults = {

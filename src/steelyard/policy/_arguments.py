@@ -1,6 +1,5 @@
 """Checks of arguments that the modules of this package share."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 
 from steelyard._checks import check_count
 
-__all__ = ["check_array", "check_attributes", "check_lengths", "check_not_nan", "check_rows"]
+__all__ = ["check_array", "check_attributes", "check_lengths", "check_rows"]
 
 _NUMBERS = "biuf"
 """Kinds of NumPy dtypes that hold real numbers."""
@@ -21,16 +20,6 @@ def check_lengths(name: str, lengths: Any, *, at_least: int = 0) -> None:
         raise TypeError(f"{name} must be a sequence of integers, got {type(lengths).__name__}")
     for length in lengths:
         check_count(name, length, at_least=at_least, expected="a sequence of integers")
-
-
-def check_not_nan(name: str, value: float) -> None:
-    """Require a real number, which may be infinite."""
-    try:
-        unknown = math.isnan(value)
-    except (TypeError, ValueError, RuntimeError):  # such as an array of several values
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
-    if unknown:
-        raise ValueError(f"{name} must be a number, got {value}")
 
 
 def check_array(name: str, array: NDArray[Any], *, kinds: str = _NUMBERS) -> None:

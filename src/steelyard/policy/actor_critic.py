@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from steelyard._checks import (
+    check_callable,
     check_choice,
     check_count,
     check_floating,
+    check_range,
     check_same_shape,
     check_tensor,
 )
@@ -42,7 +44,11 @@ class ActorCritic(nn.Module):
         action_size: A.
         continuous: diagonal Gaussian with a learned, state-independent deviation if true, else
             categorical.
-        log_std: first log standard deviation of the Gaussian.
+        log_std: first log standard deviation of the Gaussian, finite.
+
+    Raises:
+        TypeError: a network is not callable, ``action_size`` no integer, or ``log_std`` no number.
+        ValueError: ``action_size`` below 1, or ``log_std`` not finite.
 
     Example:
         >>> import torch
@@ -63,6 +69,9 @@ class ActorCritic(nn.Module):
         log_std: float = 0.0,
     ) -> None:
         super().__init__()
+        check_callable(trunk=trunk, actor=actor, critic=critic)
+        check_count("action_size", action_size)
+        check_range("log_std", log_std)
         self.trunk, self.actor, self.critic = trunk, actor, critic
         self.continuous = continuous
         self.action_size = action_size

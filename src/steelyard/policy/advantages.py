@@ -26,6 +26,7 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import accumulation_dtype, fill_masked
 from steelyard.policy._groups import (
@@ -101,7 +102,7 @@ def gae(
 
     Raises:
         ValueError: shapes differ, the time axis is empty, or a coefficient is out of range.
-        TypeError: rewards or values are not floating point.
+        TypeError: rewards or values are not floating point, or the ends of episodes no tensors.
 
     Example:
         A time limit keeps the value of the last state, a termination does not:
@@ -118,6 +119,8 @@ def gae(
     Source: Schulman et al. (2016), Eq. 16, arXiv:1506.02438; Pardo et al. (2018), arXiv:1712.00378.
     """
     check_floating(rewards=rewards, values=values, next_values=next_values)
+    check_tensor("terminated", terminated)
+    check_tensor("truncated", truncated)
     check_same_shape(
         rewards=rewards,
         values=values,

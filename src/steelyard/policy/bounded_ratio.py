@@ -12,6 +12,7 @@ Source: Ao et al. (2026), Bounded Ratio Reinforcement Learning, Thm 4.1, 4.2, ar
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -193,7 +194,8 @@ def tabular_improvement(
         (0-d, the B above). The improved policy is ``base_policy * ratio``.
 
     Raises:
-        ValueError: wrong shapes, or ``gamma`` or ``epsilon`` out of range.
+        ValueError: wrong shapes, ``gamma`` or ``epsilon`` out of range, or rows so far from
+            probabilities that the values have no solution.
         TypeError: a tensor is not floating point.
 
     Example:
@@ -218,6 +220,11 @@ def tabular_improvement(
     check_shape("initial", initial, (states,))
     check_range("gamma", gamma, at_least=0.0, below=1.0)
     check_range("epsilon", epsilon, above=0.0, below=1.0)
+    if epsilon + 1 == 1:
+        raise ValueError(f"epsilon must be large enough to tell 1 + epsilon from 1, got {epsilon}")
+    transitions, rewards, base_policy, initial = _promoted(
+        transitions, rewards, base_policy, initial
+    )
     values, _ = _solve(transitions, rewards, base_policy, initial, gamma)
     q_values = rewards + gamma * transitions @ values
     best = bounded_ratio_optimum(base_policy, q_values, low=1 - epsilon, high=1 + epsilon)
@@ -228,11 +235,21 @@ def tabular_improvement(
     )
 
 
+def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
 def _solve(
     transitions: Tensor, rewards: Tensor, policy: Tensor, initial: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
     """State values and unnormalised discounted visits of a policy, each ``[S]``, exactly."""
     chain = torch.einsum("sa,sap->sp", policy, transitions)
     system = torch.eye(len(initial), dtype=chain.dtype, device=chain.device) - gamma * chain
-    values = torch.linalg.solve(system, (policy * rewards).sum(-1))
-    return values, torch.linalg.solve(system.T, initial)
+    try:
+        values = torch.linalg.solve(system, (policy * rewards).sum(-1))
+        return values, torch.linalg.solve(system.T, initial)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise ValueError(
+            "transitions must have rows that sum to 1, as base_policy must: I - gamma P is singular"
+        ) from None

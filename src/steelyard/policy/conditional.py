@@ -22,13 +22,13 @@ from steelyard._checks import (
     check_floating,
     check_groups,
     check_not_empty,
+    check_not_nan,
     check_range,
     check_same_shape,
     check_shape,
     check_tensor,
 )
 from steelyard._reduce import accumulation_dtype
-from steelyard.policy._arguments import check_not_nan
 from steelyard.policy._groups import group_index, group_rank, group_sum
 
 __all__ = [
@@ -54,15 +54,15 @@ def canon_split(metric: Tensor, groups: Tensor) -> Tensor:
     The ``floor(G/2)`` smallest of each group are the low half; ties keep the order of the input.
 
     Args:
-        metric: ``[N]``, for example mean token entropy or length; detached.
+        metric: ``[N]``, for example mean token entropy or length, without NaN; detached.
         groups: integer group id of each answer, ``[N]``.
 
     Returns:
         Boolean ``[N]``. The answer of a group of one is high.
 
     Raises:
-        ValueError: wrong shapes or empty input.
-        TypeError: ``groups`` is not integer.
+        ValueError: wrong shapes, empty input, or a NaN in ``metric``, which has no place.
+        TypeError: ``groups`` is not integer, or ``metric`` complex.
 
     Example:
         >>> import torch
@@ -73,8 +73,12 @@ def canon_split(metric: Tensor, groups: Tensor) -> Tensor:
     """
     check_shape("metric", metric, (None,))
     check_not_empty("metric", metric)
+    if metric.is_complex():
+        raise TypeError(f"metric must be of real numbers, got {metric.dtype}")
     check_groups(groups, metric)
-    index, count = group_index(groups)
+    index, count = group_index(groups)  # waits for the device, so the next line may too
+    if bool(metric.isnan().any()):
+        raise ValueError(f"metric must hold no NaN, got {int(metric.isnan().sum())}")
     return group_rank(metric.detach(), index, count) >= (count // 2)[index]
 
 
@@ -112,7 +116,8 @@ def canon_advantages(
         ``[N]``, dtype of ``rewards``. A group of one has nothing to compare with and gets 0.
 
     Raises:
-        ValueError: wrong shapes, empty input, or ``mu`` or ``alpha`` out of range.
+        ValueError: wrong shapes, empty input, a NaN in ``metric``, or ``mu`` or ``alpha`` out of
+            range.
         TypeError: ``rewards`` not floating point or ``groups`` not integer.
 
     Example:
@@ -249,7 +254,8 @@ def adora_weights(
         variant: rule for groups without successes or failures.
 
     Returns:
-        ``weights`` in the dtype of ``rewards``, to be multiplied into the advantages;
+        ``weights`` in the dtype of ``rewards``, to be multiplied into the advantages, NaN where a
+        group holds a NaN;
         ``length_advantage`` (false where a group has no success) and ``difficulty_advantage``,
         boolean.
 
@@ -300,4 +306,6 @@ def adora_weights(
     if variant != "llm":
         multiply = multiply & (successes > 0)
     weights = rewards.new_ones(count.shape).masked_fill(multiply, factor)
+    nan = rewards.detach().isnan() | length.isnan()
+    weights = weights.masked_fill(group_sum(nan.double(), index, count) > 0, math.nan)
     return AdoraWeights(weights[index], longer[index], difficult[index])

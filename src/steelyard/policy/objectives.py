@@ -101,6 +101,7 @@ class PPO:
         """Derivative of :meth:`loss` in the log-ratio ``[N]`` and in the heads ``[N, K]``."""
         _check_batch(log_ratio, heads, batch)
         advantages = self._advantages(batch)
+        log_ratio, heads = log_ratio.detach(), heads.detach()
         ratio = log_ratio.exp()
         # The gradient stops once the ratio has left the band in the advantage's direction.
         passed = (ratio - 1) * advantages.sign() > self.epsilon
@@ -166,6 +167,7 @@ class BPO:
         """Derivative of :meth:`loss` in the log-ratio ``[N]`` and in the heads ``[N, K]``."""
         _check_batch(log_ratio, heads, batch)
         target, weight = self._target_and_weight(heads, batch)
+        log_ratio, heads = log_ratio.detach(), heads.detach()
         ratio = log_ratio.exp()
         slope = (ratio - target).sign_().mul_(ratio).mul_(weight)
         slope = slope.masked_fill_(log_ratio.abs() > LOG_RATIO_LIMIT, 0.0).mul_(1 / len(ratio))

@@ -47,11 +47,15 @@ class Updater(Protocol):
         ...
 
 
+_LARGEST_RATE = 1e37
+"""Adam's first steps multiply a rate by up to ten, in float32."""
+
+
 def _check_epoch(samples: Samples, minibatch: int, learning_rate: float) -> None:
     if not isinstance(samples, Samples):
         raise TypeError(f"samples must be Samples, got {type(samples).__name__}")
     check_count("minibatch", minibatch)
-    check_range("learning_rate", learning_rate, at_least=0.0)
+    check_range("learning_rate", learning_rate, at_least=0.0, at_most=_LARGEST_RATE)
 
 
 def _check_policy(policy: ActorCritic) -> None:

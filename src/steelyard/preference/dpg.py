@@ -23,6 +23,8 @@ from steelyard._checks import (
     check_integer_dtype,
     check_mask,
     check_not_empty,
+    check_not_nan,
+    check_pair,
     check_same_shape,
     check_shape,
     given,
@@ -86,7 +88,7 @@ def dpg_loss(
         forbidden sample has an infinite pseudo-reward (``KL``, Pearson, Jeffreys).
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or ``reward_range`` not two numbers.
         ValueError: shapes differ, empty input, or an empty ``reward_range``.
 
     Example:
@@ -110,7 +112,10 @@ def dpg_loss(
     check_divergence(divergence)
     _check_samples(policy_logprobs, target_log_scores, proposal_logprobs)
     check_mask(mask, policy_logprobs)
+    check_pair("reward_range", reward_range)
     low, high = reward_range
+    check_not_nan("reward_range[0]", low)
+    check_not_nan("reward_range[1]", high)
     if not low < high:
         raise ValueError(f"reward_range must be (low, high) with low < high, got {reward_range}")
     log_pi = widen(policy_logprobs)
@@ -127,7 +132,10 @@ def dpg_loss(
         log_q = fill_masked(proposal_logprobs.detach().to(log_pi.dtype), kept)
         weight = torch.exp(log_pi.detach() - log_q)
         weighted = _weighted_reward(reward, divergence, log_pi.detach(), log_p, log_q)
-        advantage = weighted - weight * shift
+        # An infinite weight leaves the sign of the difference, or nothing where there is none.
+        gap = reward - shift
+        beyond = torch.where(gap == 0, 0.0, weight * gap)
+        advantage = torch.where(weight == math.inf, beyond, weighted - weight * shift)
     return reduce_masked(-advantage * log_pi, kept, reduction).to(policy_logprobs.dtype)
 
 
@@ -253,8 +261,20 @@ def dpg_divergence(
     given = policy_logprobs if proposal_logprobs is None else proposal_logprobs
     log_q = fill_masked(given.detach().to(log_pi.dtype), kept)
     log_p = fill_masked(target_log_scores.detach().to(log_pi.dtype) - log_z, kept)
-    terms = divergence.terms(fill_masked(log_pi, kept) - log_q, log_p - log_q)
+    terms = _weighted_terms(fill_masked(log_pi, kept), log_p, log_q, divergence)
     return reduce_masked(terms, kept, reduction).to(policy_logprobs.dtype)
+
+
+def _weighted_terms(
+    log_pi: Tensor, log_p: Tensor, log_q: Tensor, divergence: FDivergence
+) -> Tensor:
+    """``(p/q) f(pi/p)``; where ``p/q`` overflows, infinite with the sign of ``f``."""
+    terms = divergence.terms(log_pi - log_q, log_p - log_q)
+    weight = torch.exp(log_p - log_q)
+    lost = terms.isnan() & (weight == math.inf) & ~log_pi.isnan()
+    height = divergence.terms(torch.where(lost, log_pi - log_p, 0.0), torch.zeros_like(log_p))
+    beyond = torch.where(lost & (height != 0), weight * height, 0.0)
+    return torch.where(lost, beyond, terms)
 
 
 def leave_one_out_baseline(rewards: Tensor, *, contexts: Tensor | None = None) -> Tensor:
@@ -318,7 +338,8 @@ def variance_optimal_baseline(
         squared_norms: ``|grad log pi(x)|^2 >= 0``, ``[N]``; ``None`` = all alike; detached.
 
     Returns:
-        0-d, dtype of ``rewards``; 0 if nothing counts.
+        0-d, dtype of ``rewards``; 0 if nothing counts, NaN for a NaN weight, or a NaN or
+        negative norm, that counts.
 
     Raises:
         TypeError: a tensor is not floating point.
@@ -347,7 +368,7 @@ def variance_optimal_baseline(
     if squared_norms is not None:
         log_share = log_share + squared_norms.detach().to(reward.dtype).log()
     log_share = log_share.masked_fill(~known, -math.inf)
-    some = log_share.amax() > -math.inf
+    some = log_share.amax() != -math.inf  # NaN is a weight, though not a known one
     share = torch.where(some, log_share, 0.0).softmax(0)
     best = (share * torch.where(known, reward, 0.0)).sum()
     return torch.where(some, best, 0.0).to(rewards.dtype)

@@ -24,6 +24,7 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import Reduction, fill_masked, reduce_masked, widen
 from steelyard.preference._pairs import check_pairs, share_right, stable_softplus
@@ -246,6 +247,9 @@ def full_ranking_accuracy(
     check_floating(logprobs=logprobs)
     check_shape("logprobs", logprobs, (None, None))
     check_not_empty("logprobs", logprobs)
+    check_tensor("human_rank", human_rank)
+    if human_rank.is_complex():
+        raise TypeError(f"human_rank must have a real dtype, got {human_rank.dtype}")
     check_same_shape(logprobs=logprobs, human_rank=human_rank)
     # By probability within equal ranks, then by rank: right if nothing rises from place to place.
     by_logprob = logprobs.argsort(dim=-1, descending=True, stable=True)

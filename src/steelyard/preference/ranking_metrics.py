@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steelyard._checks import check_floating, check_range, check_same_shape
 from steelyard._extras import require
+from steelyard.preference._pairs import check_pairs
 from steelyard.preference.ranking import (
     full_ranking_accuracy,
     ranking_accuracy,
@@ -138,6 +140,10 @@ class TieAwareRankingAccuracyMetric(_Share):
         tie_eps: as there.
         **options: of ``torchmetrics.Metric``.
 
+    Raises:
+        TypeError: ``tie_eps`` is no number.
+        ValueError: ``tie_eps`` not above 0 or not finite.
+
     Example:
         >>> import torch
         >>> metric = TieAwareRankingAccuracyMetric(tie_eps=0.1)
@@ -150,6 +156,7 @@ class TieAwareRankingAccuracyMetric(_Share):
 
     def __init__(self, *, tie_eps: float = 0.01, **options: Any) -> None:
         super().__init__(**options)
+        check_range("tie_eps", tie_eps, above=0.0)
         self.tie_eps = tie_eps
 
     def update(self, alpha: Tensor, p1: Tensor, p2: Tensor) -> None:
@@ -288,11 +295,8 @@ class AlignmentGapMetric(IdealizedRankingAccuracyMetric):
     ) -> None:
         """Count a batch of pairs ``[N]``. For the gap per token, divide all by the lengths."""
         right = ranking_accuracy(chosen_logprobs, rejected_logprobs, reduction="none")
-        if ref_log_ratio.shape != right.shape:
-            raise ValueError(
-                f"ref_log_ratio must have the shape of chosen_logprobs, {list(right.shape)}, "
-                f"got {list(ref_log_ratio.shape)}"
-            )
+        check_floating(ref_log_ratio=ref_log_ratio)
+        check_same_shape(chosen_logprobs=chosen_logprobs, ref_log_ratio=ref_log_ratio)
         self._add_ideal(ref_log_ratio, alpha)
         self.right += (right == 1).sum()
         self.unknown += right.isnan().sum()
@@ -342,13 +346,14 @@ class FlipRateMetric(_torchmetrics.Metric):  # type: ignore[misc, name-defined]
         ref_rejected_logprobs: Tensor,
     ) -> None:
         """Count a batch of pairs ``[N]``."""
+        check_pairs(
+            chosen_logprobs=chosen_logprobs,
+            rejected_logprobs=rejected_logprobs,
+            ref_chosen_logprobs=ref_chosen_logprobs,
+            ref_rejected_logprobs=ref_rejected_logprobs,
+        )
         after = ranking_accuracy(chosen_logprobs, rejected_logprobs, reduction="none")
         before = ranking_accuracy(ref_chosen_logprobs, ref_rejected_logprobs, reduction="none")
-        if before.shape != after.shape:
-            raise ValueError(
-                f"ref_chosen_logprobs must have the shape of chosen_logprobs, "
-                f"{list(after.shape)}, got {list(before.shape)}"
-            )
         for row in (0, 1):
             for column in (0, 1):
                 self.counts[row, column] += ((before == row) & (after == column)).sum()

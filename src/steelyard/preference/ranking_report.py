@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_same_shape
+from steelyard._checks import check_count, check_not_nan, check_same_shape
 from steelyard._reduce import widen
 from steelyard.preference.ranking import dpo_gamma_loss, ranking_accuracy, reward_accuracy
 from steelyard.preference.ranking_optimum import (
@@ -138,7 +138,8 @@ def ranking_transitions(
     share = (count / count.sum()).view(2, 2)
     wrong = count[0] + count[1]
     flip_rate = torch.where(wrong == 0, 0.0, count[1] / wrong)
-    means = ((member @ x / count).view(2, 2) for x in (loss, margin))
+    dtype = member.dtype
+    means = ((member @ x.to(dtype) / count).view(2, 2) for x in (loss, margin))
     parts = (x.to(chosen_logprobs.dtype) for x in (share, flip_rate, *means))
     return RankingTransitions(*parts)
 
@@ -178,7 +179,7 @@ def ranking_report(
         A :class:`RankingReport`; no gradient. Gather the pairs of all ranks first.
 
     Raises:
-        TypeError: a log-probability is not floating point.
+        TypeError: a log-probability is not floating point, or ``loss_level`` no number.
         ValueError: shapes differ, empty input, or a setting out of range.
 
     Example:
@@ -196,6 +197,8 @@ def ranking_report(
     Source: Chen et al. (2024), Sec. 2 to 4, arXiv:2405.19534.
     """
     given = chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs
+    if loss_level is not None:
+        check_not_nan("loss_level", loss_level)
     loss = dpo_gamma_loss(*given, beta=beta, reduction="none").detach()
     transitions = ranking_transitions(*given, beta=beta)
     chosen, rejected, ref_chosen, ref_rejected = (x.detach() for x in given)

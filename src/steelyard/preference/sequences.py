@@ -127,6 +127,7 @@ def fused_log_ratios(
     """
     check_shape("tokens", tokens, (None, None))
     _check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, tokens.shape)
+    _check_biases(policy_weight, policy_bias=policy_bias, ref_bias=ref_bias)
 
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return fused_logprobs(
@@ -190,9 +191,7 @@ def fused_token_kl(
     order and computes this one.
     """
     _check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, None)
-    for name, bias in given(policy_bias=policy_bias, ref_bias=ref_bias).items():
-        check_floating(**{name: bias})
-        check_shape(name, bias, (policy_weight.shape[0],))
+    _check_biases(policy_weight, policy_bias=policy_bias, ref_bias=ref_bias)
     shape = policy_hidden.shape[:2]
     check_mask(mask, policy_hidden[..., 0])
     values = linear_divergence(
@@ -223,6 +222,12 @@ def _check_heads(
     check_floating(policy_weight=policy_weight, ref_weight=ref_weight)
     check_shape("policy_weight", policy_weight, (None, policy_hidden.shape[2]))
     check_shape("ref_weight", ref_weight, (policy_weight.shape[0], ref_hidden.shape[2]))
+
+
+def _check_biases(weight: Tensor, **biases: Tensor | None) -> None:
+    for name, bias in given(**biases).items():
+        check_floating(**{name: bias})
+        check_shape(name, bias, (weight.shape[0],))
 
 
 def _check_states(prefix: str, hidden: Tensor, shape: torch.Size | None) -> None:

@@ -16,9 +16,11 @@ from torch import Tensor
 from steelyard._checks import (
     check_floating,
     check_not_empty,
+    check_not_nan,
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
     given,
 )
 from steelyard._reduce import widen
@@ -58,7 +60,7 @@ def pointwise_log_target(
         ``[N]``, dtype of ``base_logprobs``.
 
     Raises:
-        TypeError: ``base_logprobs`` not floating point.
+        TypeError: ``base_logprobs`` not floating point, or ``log_floor`` no number.
         ValueError: shapes differ, empty input, or ``log_floor`` not below 0.
 
     Example:
@@ -71,7 +73,9 @@ def pointwise_log_target(
     """
     check_floating(base_logprobs=base_logprobs)
     check_not_empty("base_logprobs", base_logprobs)
+    check_tensor("satisfied", satisfied)
     check_same_shape(base_logprobs=base_logprobs, satisfied=satisfied)
+    check_not_nan("log_floor", log_floor)
     if not log_floor < 0:
         raise ValueError(f"log_floor must be < 0, got {log_floor}")
     base = widen(base_logprobs)

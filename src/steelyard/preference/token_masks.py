@@ -142,6 +142,7 @@ def mask_sparsity(token_mask: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Returns:
         0-d in [0, 1] (the paper prints percent), float32 or wider; 0 if no token counts.
+        NaN where one counts.
 
     Raises:
         TypeError: ``token_mask`` is not floating.
@@ -158,7 +159,9 @@ def mask_sparsity(token_mask: Tensor, mask: Tensor | None = None) -> Tensor:
     check_shape("token_mask", token_mask, (None, None))
     check_not_empty("token_mask", token_mask)
     check_mask(mask, token_mask)
-    zero = (token_mask.detach() == 0).to(accumulation_dtype(token_mask.dtype))
+    weights = token_mask.detach()
+    zero = (weights == 0).to(accumulation_dtype(token_mask.dtype))
+    zero = zero.masked_fill(weights.isnan(), math.nan)
     return aggregate_tokens(zero, mask, "sequence")
 
 

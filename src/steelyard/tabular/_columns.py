@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["Column", "check_names", "check_rows", "is_frame", "read_columns"]
+__all__ = ["Column", "as_numbers", "check_names", "check_rows", "is_frame", "read_columns"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,18 @@ def check_rows(**tables: Any) -> None:
     for name, table in tables.items():
         if not hasattr(table, "__len__") or getattr(table, "shape", None) == ():
             raise TypeError(f"{name} must have rows, got {type(table).__name__}")
+
+
+def as_numbers(name: str, values: Any) -> NDArray[np.float64]:
+    """Read an array, a tensor or a nested sequence as real numbers, whatever its shape."""
+    try:
+        if isinstance(values, Tensor) and not values.is_complex():
+            values = values.detach().double().numpy(force=True)
+        if not np.iscomplexobj(values):
+            return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold numbers: {error}") from None
+    raise TypeError(f"{name} must hold real numbers, got complex ones")
 
 
 def check_names(argument: str, names: Any) -> None:

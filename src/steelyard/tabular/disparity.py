@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from steelyard._checks import check_count
+from steelyard._checks import check_count, check_not_nan
+from steelyard.tabular._columns import as_numbers
 
 __all__ = ["adverse_impact_ratio", "fairness_probability", "score_pre_bins"]
 
@@ -32,7 +33,8 @@ def fairness_probability(iv: ArrayLike, se: ArrayLike, epsilon: ArrayLike) -> An
         A float, or an array of the common shape.
 
     Raises:
-        ValueError: a negative or non-finite number.
+        TypeError: not numbers.
+        ValueError: a negative or non-finite number, or shapes that do not broadcast.
 
     Example:
         >>> round(1 - fairness_probability(0.066, 0.0069, 0.05), 4)
@@ -41,10 +43,15 @@ def fairness_probability(iv: ArrayLike, se: ArrayLike, epsilon: ArrayLike) -> An
     Source: Sudjianto, Burakov (2025), Eq. 25 and 26, arXiv:2509.09855.
     """
     arrays = {"iv": iv, "se": se, "epsilon": epsilon}
-    value, error, budget = (np.asarray(array, dtype=np.float64) for array in arrays.values())
+    value, error, budget = (as_numbers(name, array) for name, array in arrays.items())
     for name, array in zip(arrays, (value, error, budget), strict=True):
         if not np.isfinite(array).all() or (array < 0).any():
             raise ValueError(f"{name} must be finite and >= 0, got {array.min()}")
+    try:
+        np.broadcast_shapes(value.shape, error.shape, budget.shape)
+    except ValueError:
+        shapes = f"{list(value.shape)}, {list(error.shape)} and {list(budget.shape)}"
+        raise ValueError(f"iv, se and epsilon must broadcast, got {shapes}") from None
     gap = budget - value
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(error > 0, gap / error, np.where(gap >= 0, np.inf, -np.inf))
@@ -66,6 +73,7 @@ def adverse_impact_ratio(scores: ArrayLike, groups: ArrayLike, cutoff: float) ->
         The ratio, >= 0.
 
     Raises:
+        TypeError: ``scores`` or ``cutoff`` are no numbers.
         ValueError: wrong shapes, NaN, groups other than 0 and 1, a group that is absent, or a
             reference group of which nobody is approved.
 
@@ -75,14 +83,15 @@ def adverse_impact_ratio(scores: ArrayLike, groups: ArrayLike, cutoff: float) ->
 
     Source: Sudjianto, Burakov (2025), Sec. 8, arXiv:2509.09855.
     """
-    score, group = np.asarray(scores, dtype=np.float64), np.asarray(groups)
+    score, group = as_numbers("scores", scores), np.asarray(groups)
     if score.ndim != 1 or group.shape != score.shape:
         raise ValueError(
             f"scores and groups must have one shape [n], got {list(score.shape)} and "
             f"{list(group.shape)}"
         )
-    if np.isnan(score).any() or np.isnan(cutoff):
-        raise ValueError("scores and cutoff must not be NaN")
+    check_not_nan("cutoff", cutoff)
+    if np.isnan(score).any():
+        raise ValueError("scores must not be NaN")
     found = np.unique(group)
     if not np.array_equal(found, [0, 1]):
         raise ValueError(f"groups must hold both 0 and 1 and nothing else, got {found.tolist()}")
@@ -109,6 +118,7 @@ def score_pre_bins(
         that a useful score has rising WoE.
 
     Raises:
+        TypeError: ``scores`` are no numbers.
         ValueError: wrong shapes, NaN, or values other than 0 and 1.
 
     Example:
@@ -117,7 +127,7 @@ def score_pre_bins(
                [2., 0., 1., 1.]])
     """
     check_count("num_bins", num_bins)
-    score = np.asarray(scores, dtype=np.float64)
+    score = as_numbers("scores", scores)
     if score.ndim != 1 or not len(score) or np.isnan(score).any():
         raise ValueError(f"scores must have shape [n] without NaN, got {list(score.shape)}")
     marks = []

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from steelyard._checks import check_range
+from steelyard.tabular._columns import as_numbers
 from steelyard.tabular.tables import jeffreys, smoothed_counts
 
 __all__ = ["Drift", "PSITest", "psi", "psi_over_time", "psi_test"]
@@ -58,6 +59,7 @@ def psi(base: ArrayLike, current: ArrayLike, *, smoothing: float = 0.0) -> float
         PSI, >= 0.
 
     Raises:
+        TypeError: not numbers.
         ValueError: wrong shapes, negative counts, an empty sample, or an empty cell without
             smoothing; names the bin.
 
@@ -92,6 +94,7 @@ def psi_test(
         ``psi``, ``critical`` and ``p_value``.
 
     Raises:
+        TypeError: not numbers.
         ValueError: as :func:`psi`, fewer than two bins, or ``alpha`` out of range.
 
     Example:
@@ -107,8 +110,15 @@ def psi_test(
     Sudjianto, Burakov (2025), Sec. 4.5, arXiv:2509.09855, use a z-test instead, which does not
     hold its level: ``iv_inference(base, current, method="fixed")``.
     """
+    return _test(base, current, alpha, smoothing, name="current")
+
+
+def _test(
+    base: ArrayLike, current: ArrayLike, alpha: float, smoothing: float, *, name: str
+) -> PSITest:
+    """Test counts that an error calls ``name``."""
     check_range("alpha", alpha, above=0.0, below=1.0)
-    base, current = smoothed_counts(base, current, smoothing, names=("base", "current"))
+    base, current = smoothed_counts(base, current, smoothing, names=("base", name))
     if len(base) < 2:
         raise ValueError("base must have at least two bins for a test, got 1")
     value, scale = jeffreys(base, current), 1 / base.sum() + 1 / current.sum()
@@ -138,7 +148,8 @@ def psi_over_time(
         ``drifted`` = adjusted_p_value <= alpha, each ``[T]``.
 
     Raises:
-        ValueError: as :func:`psi_test`; names the period.
+        TypeError: not numbers.
+        ValueError: as :func:`psi_test`; names the period, as ``periods[3]``.
 
     Example:
         >>> drift = psi_over_time([200, 300, 500], [[20, 31, 49], [10, 20, 70], [22, 28, 50]])
@@ -147,15 +158,13 @@ def psi_over_time(
 
     Source: :func:`psi_test`; Holm (1979), A simple sequentially rejective multiple test procedure.
     """
-    table = np.asarray(periods, dtype=np.float64)
+    table = as_numbers("periods", periods)
     if table.ndim != 2 or not len(table):
         raise ValueError(f"periods must have shape [T, J], T >= 1, got {list(table.shape)}")
-    tests = []
-    for number, row in enumerate(table):
-        try:
-            tests.append(psi_test(base, row, alpha, smoothing=smoothing))
-        except ValueError as error:
-            raise ValueError(f"period {number}: {error}") from None
+    tests = [
+        _test(base, row, alpha, smoothing, name=f"periods[{number}]")
+        for number, row in enumerate(table)
+    ]
     p_value = np.array([test.p_value for test in tests])
     order = np.argsort(p_value, kind="stable")
     steps = np.maximum.accumulate(p_value[order] * np.arange(len(order), 0, -1))

@@ -33,6 +33,7 @@ from steelyard.divergences import (
     distance_covariance,
     joint_distance_covariance,
 )
+from steelyard.tabular._columns import as_numbers
 from steelyard.tabular._sensitive import cell_index
 
 __all__ = [
@@ -352,6 +353,8 @@ def _check_rows(outputs: Tensor, attributes: list[Tensor], least: int) -> None:
 
 
 def _kept(outputs: Tensor, attributes: list[Tensor], mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    if outputs.dim() == 0:
+        raise ValueError("outputs must have shape [N] or [N, D], got []")
     if mask.shape != outputs.shape[:1]:
         raise ValueError(f"mask must have shape [{len(outputs)}], got {list(mask.shape)}")
     for attribute in attributes:
@@ -364,12 +367,7 @@ def _kept(outputs: Tensor, attributes: list[Tensor], mask: Tensor) -> tuple[Tens
 
 
 def finite_vector(name: str, values: ArrayLike) -> Array:
-    if isinstance(values, Tensor):
-        values = values.detach().double().numpy(force=True)
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must hold numbers: {error}") from None
+    array = as_numbers(name, values)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} must have shape [N] with N >= 1, got {list(array.shape)}")
     if not np.isfinite(array).all():

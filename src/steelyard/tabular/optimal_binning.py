@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from steelyard._checks import check_choice, check_count, check_range
+from steelyard.tabular._columns import as_numbers
 
 __all__ = ["OptimalBins", "optimal_bins"]
 
@@ -73,6 +74,7 @@ def optimal_bins(
         ``iv_by_bins``.
 
     Raises:
+        TypeError: not numbers.
         ValueError: wrong shapes, negative counts, one class only, or a setting out of range.
 
     Example:
@@ -117,8 +119,11 @@ def interval_sums(counts: Array) -> Array:
 def _check_counts(
     good: ArrayLike, bad: ArrayLike, apart: ArrayLike | None
 ) -> tuple[Array, Array, Array]:
-    goods, bads = np.asarray(good, dtype=np.float64), np.asarray(bad, dtype=np.float64)
-    aside = np.asarray([] if apart is None else apart, dtype=np.float64).reshape(-1, 2)
+    goods, bads = as_numbers("good", good), as_numbers("bad", bad)
+    aside = as_numbers("apart", [] if apart is None else apart)
+    if aside.size % 2:
+        raise ValueError(f"apart must have shape [k, 2], got {list(aside.shape)}")
+    aside = aside.reshape(-1, 2)
     if goods.ndim != 1 or not len(goods) or goods.shape != bads.shape:
         raise ValueError(
             f"good and bad must have one shape [m], m >= 1, got {list(goods.shape)} and "

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, sparse
 
 from steelyard._checks import check_count, check_range
+from steelyard.tabular._columns import as_numbers
 from steelyard.tabular.disparity import fairness_probability
 from steelyard.tabular.optimal_binning import interval_sums
 from steelyard.tabular.tables import iv_and_variance
@@ -88,6 +89,7 @@ def pareto_front(
         bin with an empty cell is never used. One bin for all is always within the budget.
 
     Raises:
+        TypeError: not numbers.
         ValueError: wrong shape, negative counts, an absent class or group, or a setting out of
             range.
         RuntimeError: the solver gave up.
@@ -107,7 +109,7 @@ def pareto_front(
     variable, as an exact program.
     """
     counts = _check_pre_bins(pre_bins)
-    grid = np.atleast_1d(np.asarray(fairness_grid, dtype=np.float64))
+    grid = np.atleast_1d(as_numbers("fairness_grid", fairness_grid))
     if grid.ndim != 1 or not np.isfinite(grid).all() or (grid < 0).any():
         raise ValueError(f"fairness_grid must be finite and >= 0, got {grid.tolist()}")
     most = len(counts) if max_bins is None else max_bins
@@ -121,7 +123,7 @@ def pareto_front(
 
 
 def _check_pre_bins(pre_bins: ArrayLike) -> Array:
-    counts = np.asarray(pre_bins, dtype=np.float64)
+    counts = as_numbers("pre_bins", pre_bins)
     if counts.ndim != 2 or counts.shape[1] != 4 or not len(counts):
         raise ValueError(f"pre_bins must have shape [m, 4], m >= 1, got {list(counts.shape)}")
     if not np.isfinite(counts).all() or (counts < 0).any():

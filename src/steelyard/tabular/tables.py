@@ -19,6 +19,7 @@ from scipy import stats
 from scipy.special import xlogy
 
 from steelyard._checks import check_choice, check_range
+from steelyard.tabular._columns import as_numbers
 
 __all__ = [
     "IVInference",
@@ -87,6 +88,7 @@ def woe_table(good: ArrayLike, bad: ArrayLike, *, smoothing: float = 0.0) -> WoE
         ``kl_bad_good`` and ``js`` (Jensen-Shannon, at most log 2) in nats.
 
     Raises:
+        TypeError: not numbers.
         ValueError: wrong shapes, negative or non-finite counts, no good or no bad at all, or an
             empty cell without smoothing; names the bin.
 
@@ -159,6 +161,7 @@ def iv_inference(
         ``debiased_iv``, ``critical`` and ``degrees_of_freedom``, the same for both methods.
 
     Raises:
+        TypeError: not numbers.
         ValueError: as :func:`woe_table`, fewer than two bins, or a setting out of range.
 
     Example:
@@ -229,7 +232,7 @@ def smoothed_counts(
 ) -> tuple[Array, Array]:
     """Check two rows of counts, add the smoothing, and refuse a cell that is still empty."""
     check_range("smoothing", smoothing, at_least=0.0)
-    rows = tuple(np.asarray(row, dtype=np.float64) for row in (first, second))
+    rows = tuple(map(as_numbers, names, (first, second)))
     for name, row in zip(names, rows, strict=True):
         if row.ndim != 1 or not len(row):
             raise ValueError(f"{name} must have shape [J], J >= 1, got {list(row.shape)}")
