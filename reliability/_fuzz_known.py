@@ -26,7 +26,15 @@ KINDS: dict[str, str] = {
 }
 
 KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
-    "anatomy.decompose": (("labels", "an argument of the user's own loss"),),
+    "anatomy.decompose": (
+        ("labels", "an argument of the user's own loss"),
+        ("Index tensor", "what the user's own loss says to the shape of the logits"),
+        ("Size does not match", "what the user's own loss says to the shape of the logits"),
+    ),
+    "classification.ScgdTracker.update": (
+        ("previous_losses: all nan", "documented: the first batch corrects nothing"),
+        ("previous_losses: nan at", "documented: the first batch corrects nothing"),
+    ),
     "divergences.joint_distance_covariance": (("argument after *", "Python's own star error"),),
     "optim.AdamP.step": (("closure", "torch's own optimiser protocol"),),
     "optim.SGDP.step": (("closure", "torch's own optimiser protocol"),),
@@ -39,8 +47,52 @@ KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
         ("NaN in", "returns nothing; the moments hold the NaN"),
     ),
     "diffusion.awm_proximity": (("t: all nan", "t is not read with uniform weighting"),),
+    "equilibrium.EquilibriumNetwork.error_vectors": (
+        ("drive: all nan", "only the method 'cauchy' reads the drive"),
+        ("drive: nan at", "only the method 'cauchy' reads the drive"),
+    ),
+    "equilibrium.EquilibriumNetwork.gradients": (
+        ("drive: all nan", "only the method 'cauchy' reads the drive"),
+        ("drive: nan at", "only the method 'cauchy' reads the drive"),
+    ),
+    "estimation.GaussianGraphicalFamily.precision": (
+        ("theta: nan at", "documented: the first entries are not read"),
+    ),
+    "diffusion.decode_masked": (("ids must", "documented: what the user's own model says"),),
+    "diffusion.information_gain_scores": (
+        ("ids must", "documented: what the user's own model says"),
+    ),
+    "equilibrium.fixed_point": (("found no fixed point", "documented: no convergence"),),
+    "equilibrium.relax": (("no rest after", "documented: it does not come to rest"),),
     "equilibrium.EquilibriumNetwork": (("NaN in", "an entry of the diagonal is not read"),),
     "metric_learning.opis": (("far_range", "not read when threshold_range is given"),),
+    "preference.RunningBaseline.update": (("NaN in", "returns nothing; NaN is left out, as said"),),
+    "preference.leave_one_out_baseline": (
+        ("NaN in", "an infinite or NaN reward is left out of the means, as said"),
+    ),
+    "preference.variance_optimal_baseline": (
+        ("rewards: all nan", "an infinite or NaN reward is left out, as said"),
+        ("rewards: nan", "an infinite or NaN reward is left out, as said"),
+    ),
+    "tabular.optimal_bins": (("iv_by_bins", "-inf where no such number of bins is allowed"),),
+}
+
+_OTHER_CELLS = {
+    "FOWLKES_MALLOWS": ("tn",),
+    "JACCARD": ("tn",),
+    "PRECISION": ("fn", "tn"),
+    "RECALL": ("fp", "tn"),
+    "SPECIFICITY": ("tp", "fn"),
+}
+"""Cells of a confusion matrix that are in no place of a metric's formula."""
+
+KNOWN |= {
+    f"classification.{metric}": tuple(
+        (f"{cell}: {where}", f"documented: the formula has no {cell}")
+        for cell in cells
+        for where in ("all nan", "nan at")
+    )
+    for metric, cells in _OTHER_CELLS.items()
 }
 
 DOMAIN: dict[str, str] = {
@@ -49,11 +101,16 @@ DOMAIN: dict[str, str] = {
     "divergences.FDivergence.second_derivative": "t < 0 is no density ratio; f''(0) is infinite",
     "divergences.alpha_divergence": "f(0) and its dual are infinite for orders outside (0, 1)",
     "divergences.skew_jensen_shannon": "beta = 0 and 1 are the KL divergences, f(0) infinite",
+    "diffusion.edm_noisy_target_variance": "levels of one size: infinite",
     "diffusion.data_to_velocity": "t at the end where the velocity is not defined",
+    "diffusion.noise_to_velocity": "t at the end where the velocity is not defined",
+    "diffusion.score_to_velocity": "t at the end where the velocity is not defined",
     "diffusion.velocity_to_score": "t at the end where the score is not defined",
     "diffusion.ddpo_step": "alphabar_prev = 1 is a step without noise",
     "diffusion.finite_data_velocity": "probabilities of total mass 0",
     "vision.federated_weights": "negative counts",
+    "estimation.projection_dpp_logprob": "repeated indices span no volume: minus infinity",
+    "estimation.exact_inductive_bias": "no hypothesis is good enough: infinite",
     "estimation.volume_logprob": "repeated indices span no volume: minus infinity",
     "estimation.inductive_bias": "an error of 0 has probability 0: infinity",
     "divergences.sinkhorn_plan": "marginals of total mass 0 cannot be normalised",
@@ -69,7 +126,9 @@ DOMAIN: dict[str, str] = {
     "diffusion.masked_nelbo": "a sequence of probability 0 under the model",
     "estimation.GaussianGraphicalFamily.log_normalizer": "a precision that is not positive",
     "estimation.GaussianGraphicalFamily.kl": "a precision that is not positive",
+    "metric_learning.adaptive_temperature_loss": "a negative temperature",
     "metric_learning.temperature_penalty": "a negative temperature",
+    "preference.variance_optimal_baseline": "a negative squared norm",
     "preference.idealized_log_ratio": "alpha outside (0, 1) is no share",
 }
 """Functions of a real variable that answer outside their domain as ``torch.log`` does."""

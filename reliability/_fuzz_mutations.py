@@ -106,7 +106,8 @@ def _entries(value: Any, numbers: st.SearchStrategy[float]) -> st.SearchStrategy
     def entry(position: int, number: float) -> Mutation:
         def apply(v: Any) -> Any:
             spoiled = v.clone() if isinstance(v, Tensor) else v.copy()
-            spoiled.reshape(-1)[position] = _within(number, v.dtype)
+            place = np.unravel_index(position, tuple(v.shape))  # reshape(-1) may be a copy
+            spoiled[tuple(map(int, place))] = _within(number, v.dtype)
             return spoiled
 
         return Mutation(f"{number!r} at flat position {position}", kind_of(number), apply)

@@ -338,3 +338,14 @@ def test_a_committed_figure_is_what_its_command_draws(figure, command, tmp_path,
 def test_curves_of_another_kind_are_named():
     with pytest.raises(TypeError, match="curves must be WeightCurves, got str"):
         draw_curves("text")
+
+
+@pytest.mark.parametrize("limits", [3, "text", (0.0, 1.0, 2.0), ()])
+def test_limits_that_are_no_two_numbers_are_refused(limits):
+    with pytest.raises(TypeError, match="limits must be two numbers"):
+        weight_curves({"square": torch.square}, "log_ratio", limits=limits)
+
+
+def test_objectives_come_by_name():
+    with pytest.raises(TypeError, match="objectives must be a mapping"):
+        weight_curves("text", "log_ratio")

@@ -82,7 +82,7 @@ def check_range(
     """Require a number inside an interval; ``above``/``below`` are strict; NaN never fits."""
     try:
         fits = above < value < below and at_least <= value <= at_most
-    except (TypeError, RuntimeError):  # a tensor of several values has no truth value
+    except (TypeError, ValueError, RuntimeError):  # several values have no truth value
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
     if not fits:
         low = f"> {above}" if above > -math.inf else f">= {at_least}"

@@ -26,6 +26,7 @@ from steelyard._checks import (
     check_count,
     check_floating,
     check_not_empty,
+    check_pair,
     check_range,
 )
 from steelyard._reduce import widen
@@ -101,7 +102,7 @@ def decompose(loss_fn: LossFunction, logits: Tensor, *args: Any) -> Decompositio
     Raises:
         ValueError: ``logits`` is empty or 0-d.
         TypeError: ``logits`` is not floating, ``loss_fn`` not callable, or its result not a
-            floating tensor.
+            floating tensor. What ``loss_fn`` itself raises comes through.
 
     Example:
         Cross-entropy looks most at what it gets wrong; KL to a teacher stops where they agree:
@@ -190,7 +191,8 @@ def weight_curves(
     Raises:
         ValueError: no objective, an unknown ``over``, limits out of order or out of range, or an
             objective with no or more than two required arguments.
-        TypeError: an objective is not callable or returns no floating tensor.
+        TypeError: ``objectives`` are no mapping, ``limits`` no two numbers, or an objective is not
+            callable or returns no floating tensor.
 
     Example:
         Beyond the band PPO no longer looks at an action with a positive advantage:
@@ -204,10 +206,14 @@ def weight_curves(
     """
     check_choice("over", over, tuple(_AXES))
     axis = _AXES[over]
+    if not isinstance(objectives, Mapping):
+        raise TypeError(f"objectives must be a mapping, got {type(objectives).__name__}")
     if not objectives:
         raise ValueError("objectives must hold at least one function, got none")
     check_count("points", points, at_least=2)
     check_count("classes", classes, at_least=2)
+    if limits is not None:
+        check_pair("limits", limits)
     low, high = axis.limits if limits is None else limits
     check_range("limits[0]", low, at_least=axis.domain[0], below=high)
     check_range("limits[1]", high, at_most=axis.domain[1], below=math.inf)

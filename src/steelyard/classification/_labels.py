@@ -23,6 +23,13 @@ def check_logits(name: str, logits: Tensor, *, classes: int = 2) -> None:
         raise ValueError(f"{name} must have at least {classes} classes, got {list(logits.shape)}")
 
 
+def check_number(name: str, value: float) -> None:
+    """Require a finite number, which a bool is not: torch subtracts none from a tensor."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got bool")
+    check_range(name, value)
+
+
 def class_labels(
     labels: Tensor, logits: Tensor, mask: Tensor | None = None, *, name: str = "labels"
 ) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steelyard._checks import check_count, check_floating, check_groups, check_range
 from steelyard._reduce import Reduction, accumulation_dtype, fill_masked, reduce_masked
-from steelyard.classification._labels import check_values, checked_gaps
+from steelyard.classification._labels import check_number, check_values, checked_gaps
 from steelyard.classification._temperature_search import best_temperature
 from steelyard.classification._tempered import kl_to_uniform, soft_maximum, soft_weights
 
@@ -255,6 +255,7 @@ class ALDRState(nn.Module):
 
 
 def _check_setting(initial_temperature: float, alpha: float) -> None:
+    check_number("initial_temperature", initial_temperature)
     check_range("initial_temperature", initial_temperature, above=0.0)
     check_range("alpha", alpha, above=1.0)
 

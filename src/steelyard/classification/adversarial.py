@@ -22,6 +22,7 @@ from steelyard._checks import (
     check_floating,
     check_mask,
     check_not_empty,
+    check_not_nan,
     check_range,
     check_same_shape,
     check_shape,
@@ -182,6 +183,7 @@ def gairat_weights(
 
     Raises:
         ValueError: wrong shapes, empty input or a setting out of range.
+        TypeError: ``lam`` is not a number, or ``steps`` not an integer.
 
     Example:
         >>> import torch
@@ -196,7 +198,8 @@ def gairat_weights(
     check_choice("kind", kind, ("tanh", "sigmoid", "discrete"))
     check_choice("normalize", normalize, ("mean", "none"))
     check_mask(mask, kappa)
-    if not lam > -math.inf:
+    check_not_nan("lam", lam)
+    if lam == -math.inf:
         raise ValueError(f"lam must be a number > -inf, got {lam}")
     dtype = kappa.dtype if kappa.is_floating_point() else torch.get_default_dtype()
     count = kappa.detach().to(accumulation_dtype(dtype))

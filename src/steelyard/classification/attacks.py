@@ -21,7 +21,10 @@ from steelyard._checks import (
     check_count,
     check_floating,
     check_not_empty,
+    check_not_nan,
+    check_pair,
     check_range,
+    check_shape,
 )
 from steelyard.classification._implicit import attach_gradient
 from steelyard.classification.doubly_robust import ItemLoss, item_losses
@@ -82,7 +85,8 @@ def pgd_attack(
 
     Raises:
         ValueError: empty input, or a setting out of range.
-        TypeError: ``x`` is not floating point.
+        TypeError: ``x`` is not floating point, ``bounds`` are no two numbers, or ``model`` or
+            ``loss`` cannot be called.
 
     Example:
         Against a linear model the attack is exact: every feature moves by ``epsilon`` against it:
@@ -139,7 +143,8 @@ def counted_pgd_attack(
 
     Raises:
         ValueError: empty input, or a setting out of range.
-        TypeError: ``x`` is not floating point.
+        TypeError: ``x`` is not floating point, ``bounds`` are no two numbers, or ``model`` or
+            ``loss`` cannot be called.
 
     Example:
         The first item is misclassified after one step, the second never:
@@ -219,7 +224,8 @@ def log_barrier_attack(
 
     Raises:
         ValueError: empty input, a setting out of range, or a loss that is not per item.
-        TypeError: ``x`` is not floating point.
+        TypeError: ``x`` is not floating point, ``bounds`` are no two numbers, or ``model`` or
+            ``loss`` cannot be called.
 
     Example:
         Against a linear model the perturbation tends to the wall as the barrier falls:
@@ -295,6 +301,8 @@ def _pgd(
     check_count("steps", steps, at_least=0)
     if steps > 0:  # the start alone needs no model
         check_callable(model=model)
+    if loss is not None:
+        check_callable(loss=loss)
     check_choice("norm", norm, ("linf", "l2"))
     x = x.detach()
     kappa = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
@@ -305,6 +313,8 @@ def _pgd(
             attacked = attacked.detach().requires_grad_()
             logits = model(attacked)
             if count:
+                check_shape("model(x)", logits, (len(x), None))
+                check_shape("y", y, (len(x),))
                 kappa += logits.argmax(-1) == y
             values = item_losses(logits, y, None) if loss is None else loss(logits, y)
             [gradient] = torch.autograd.grad(values.sum(), attacked)
@@ -359,7 +369,11 @@ def _check_inputs(x: Tensor, bounds: Bounds) -> None:
     if x.dim() == 0:
         raise ValueError("x must have shape [B, ...], got []")
     if bounds is not None:
+        check_pair("bounds", bounds)
+        check_not_nan("bounds[0]", bounds[0])
         check_range("bounds[1]", bounds[1], above=bounds[0])
+        if isinstance(bounds[0], bool) or isinstance(bounds[1], bool):
+            raise TypeError(f"bounds must be two numbers, got {bounds!r:.60}")
 
 
 @contextmanager

@@ -29,9 +29,10 @@ from steelyard._checks import (
     check_range,
     check_same_shape,
     check_shape,
+    check_tensor,
 )
 from steelyard._reduce import accumulation_dtype, fill_masked
-from steelyard.classification._labels import check_logits, check_values, class_labels
+from steelyard.classification._labels import check_logits, check_number, check_values, class_labels
 
 __all__ = [
     "Metric",
@@ -99,7 +100,7 @@ def soft_confusion(
 
     Source: Han et al. (2024), Sec. 3, arXiv:2405.14745.
     """
-    check_range("threshold", threshold)
+    check_number("threshold", threshold)
     values, target = _checked("probs", probs, labels, amplification, mask)
     cells = _cells(amplification * (values - threshold), target, mask)
     return SoftConfusion(*(cell.to(probs.dtype) for cell in cells))
@@ -150,7 +151,7 @@ def anyloss(
     the released Keras losses take that of the training set.
     """
     check_callable(metric=metric)
-    check_range("threshold", threshold)
+    check_number("threshold", threshold)
     values, target = _checked("probs", probs, labels, amplification, mask)
     cells = _cells(amplification * (values - threshold), target, mask)
     return _one_minus(metric, cells).to(probs.dtype)
@@ -271,7 +272,7 @@ def multiclass_anyloss(
     check_callable(metric=metric)
     check_logits("probs", probs)
     check_range("amplification", amplification, above=0.0)
-    check_range("threshold", threshold)
+    check_number("threshold", threshold)
     check_choice("average", average, ("macro", "micro", "weighted"))
     check_mask(mask, probs[:, 0])
     index = class_labels(labels, probs, mask)
@@ -296,6 +297,7 @@ def _checked(
     check_floating(**{name: values})
     check_shape(name, values, (None,))
     check_not_empty(name, values)
+    check_tensor("labels", labels)
     check_same_shape(**{name: values, "labels": labels})
     check_range("amplification", amplification, above=0.0)
     check_mask(mask, values)

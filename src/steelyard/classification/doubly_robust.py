@@ -181,7 +181,7 @@ class ScgdTracker(nn.Module):
         Args:
             losses: ``[B]``; detached.
             previous_losses: losses of the same items at the parameters before the last step,
-                ``[B]``, for the corrected form.
+                ``[B]``, for the corrected form. The first batch has no estimate to correct.
             mask: ``[B]``, true = counts; the others get weight 0. Without a kept item the estimate
                 stays.
 
@@ -259,6 +259,7 @@ def doubly_robust_step(
 
     Raises:
         ValueError: the loss is not of shape ``[B]``, or ``temperature`` is negative.
+        TypeError: ``model``, ``attack``, ``optimizer``, ``tracker`` or ``loss`` is something else.
 
     Example:
         A model on which the second item is worse:
@@ -275,6 +276,10 @@ def doubly_robust_step(
     Source: Sow et al. (2023), Algorithm 1, arXiv:2308.00311.
     """
     check_callable(model=model, attack=attack)
+    for method in ("zero_grad", "step"):
+        check_callable(**{f"optimizer.{method}": getattr(optimizer, method, None)})
+    if tracker is not None and not isinstance(tracker, ScgdTracker):
+        raise TypeError(f"tracker must be a ScgdTracker, got {type(tracker).__name__}")
     check_tensor("x", x)
     check_temperature("temperature", temperature)
     attacked = attack(model, x, y)
@@ -297,6 +302,7 @@ def item_losses(logits: Tensor, y: Tensor, loss: ItemLoss | None) -> Tensor:
         check_integer_dtype(y=y)
         check_shape("y", y, (logits.shape[0],))
         return functional.cross_entropy(logits, y.long(), reduction="none")
+    check_callable(loss=loss)
     losses = loss(logits, y)
     check_shape("loss(logits, y)", losses, (logits.shape[0],))
     return losses

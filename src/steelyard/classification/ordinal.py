@@ -309,7 +309,10 @@ def _data(X: Any, y: Any, sample_weight: Any, *, standardize: bool) -> Data:
 
 def _numbers(name: str, values: Any) -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    array = array.astype(np.float64)
+    try:
+        array = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must hold numbers, got the dtype {array.dtype}") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     return array

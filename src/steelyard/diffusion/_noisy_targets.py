@@ -19,6 +19,7 @@ from steelyard.diffusion._time import (
     as_column,
     check_items,
     check_step,
+    refuse_arrays,
 )
 
 
@@ -76,7 +77,8 @@ def edm_noisy_target_variance(sigma_t: Times, sigma_s: Times, *, sigma_data: flo
         sigma_data: standard deviation of the data, >= 0.
 
     Returns:
-        Variance of the broadcast shape; 0-d float64 for two numbers.
+        Variance of the broadcast shape; 0-d float64 for two numbers. Tensors are not read: where
+        their levels are equal it is infinite.
 
     Raises:
         ValueError: a number out of range.
@@ -89,6 +91,7 @@ def edm_noisy_target_variance(sigma_t: Times, sigma_s: Times, *, sigma_data: flo
     Source: Xue et al. (2025), pretraining experiment and released code, arXiv:2509.25050.
     """
     check_range("sigma_data", sigma_data, at_least=0.0)
+    refuse_arrays(sigma_t=sigma_t, sigma_s=sigma_s)
     if not isinstance(sigma_t, Tensor):
         check_range("sigma_t", sigma_t, above=0.0)
     if not isinstance(sigma_s, Tensor):

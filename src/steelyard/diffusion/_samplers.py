@@ -65,7 +65,7 @@ def flow_times(
     check_range("shift", shift, above=0.0)
     check_choice("data_at", data_at, (0, 1))
     tau = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-    tau = shift * tau / (1 + (shift - 1) * tau)
+    tau = shift * tau / (shift * tau + (1 - tau))
     t = tau if data_at == 0 else 1 - tau
     return t.to(dtype=dtype or torch.get_default_dtype(), device=device)
 

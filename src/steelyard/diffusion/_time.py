@@ -60,8 +60,16 @@ def as_column(name: str, value: Times, like: Tensor) -> Tensor:
     return value.to(dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
+def refuse_arrays(**values: Times) -> None:
+    """Require numbers or tensors where an array of another library would pass for either."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and getattr(value, "ndim", 0) > 0:
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+
+
 def check_time(name: str, t: Times, *, above: float = -1.0, below: float = 2.0) -> None:
     """Require a number in ``[0, 1]``, strictly inside a bound if asked; tensors are not read."""
+    refuse_arrays(**{name: t})
     if not isinstance(t, Tensor):
         check_range(name, t, at_least=0.0, at_most=1.0, above=above, below=below)
 
@@ -83,6 +91,7 @@ def noise_fraction(t: Times, like: Tensor, data_at: DataAt) -> Tensor:
 
 def refuse_end(t: Times, end: int, reason: str) -> None:
     """Raise if ``t`` is the number ``end``, where a formula has no value; tensors are not read."""
+    refuse_arrays(t=t)
     if not isinstance(t, Tensor) and t == end:
         raise ValueError(f"t must not be {end}, {reason}, got {t}")
 

@@ -170,6 +170,7 @@ class RatioNormalizer(nn.Module):
         check_range("ema", ema, at_least=0.0, below=1.0)
         check_range("lower", lower, above=0.0)
         check_range("upper", upper, above=lower)
+        check_range("t_min", t_min)
         check_range("t_max", t_max, above=t_min)
         self.bins, self.ema = bins, ema
         self.lower, self.upper = lower, upper

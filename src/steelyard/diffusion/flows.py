@@ -272,6 +272,7 @@ def noise_to_velocity(noise: Tensor, x: Tensor, t: Times, *, data_at: DataAt = 0
 
     Source: Xue et al. (2025), preliminaries, arXiv:2509.25050.
     """
+    check_choice("data_at", data_at, (0, 1))
     refuse_end(t, 1 - data_at, _NO_DATA_SHARE)
     check_items(noise=noise, x=x)
     tau = noise_fraction(t, x, data_at)
@@ -348,6 +349,7 @@ def score_to_velocity(score: Tensor, x: Tensor, t: Times, *, data_at: DataAt = 0
 
     Source: Xue et al. (2025), preliminaries, arXiv:2509.25050.
     """
+    check_choice("data_at", data_at, (0, 1))
     refuse_end(t, 1 - data_at, _NO_DATA_SHARE)
     check_items(score=score, x=x)
     tau = noise_fraction(t, x, data_at)

@@ -179,7 +179,8 @@ def information_gain_scores(
     Raises:
         ValueError: wrong shapes, no candidate, a position that is not masked or is repeated, a
             token that is ``mask_id`` or outside the vocabulary.
-        TypeError: ``tokens`` not integer or logits not floating point.
+        TypeError: ``tokens`` not integer or logits not floating point. What ``model`` itself
+            raises, such as for a token it does not know, comes through.
 
     Example:
         A hub with two noisy copies and a free token with a clear favourite. The favourite is the
@@ -216,7 +217,11 @@ def information_gain_scores(
     states = tokens.repeat(len(actions) + 1, 1)
     for state, (positions, values) in zip(states[1:], actions, strict=True):
         if bool(((tokens[positions] != mask_id) | (values == mask_id)).any()):
-            raise ValueError("candidates must put tokens other than the mask on masked positions")
+            raise ValueError(
+                f"candidates must put other tokens than mask_id, {mask_id}, where tokens has it"
+            )
+        if bool((values < 0).any()):
+            raise ValueError(f"candidates must have tokens >= 0, got {int(values.min())}")
         state[positions] = values
     logits = masked_logits(model, states, mask_id)
     for _, values in actions:

@@ -112,7 +112,8 @@ def decode_masked(
 
     Raises:
         ValueError: wrong shape, empty, a setting out of range, or NaN from the model.
-        TypeError: ``tokens`` not integer.
+        TypeError: ``tokens`` or ``mask_id`` not integer. What ``model`` itself
+            raises, such as for a token it does not know, comes through.
 
     Example:
         A hub that two noisy copies follow, and a free token: Info-Gain settles the hub first and
@@ -139,6 +140,7 @@ def decode_masked(
     check_integer_dtype(tokens=tokens)
     check_shape("tokens", tokens, (None,))
     check_not_empty("tokens", tokens)
+    check_count("mask_id", mask_id, at_least=-(2**63))  # of any sign
     decoder = _Decoder(
         model=model,
         mask_id=mask_id,
@@ -187,7 +189,10 @@ def _blocks(
     _, lengths = torch.unique((positions - positions[0]) // size, return_counts=True)
     blocks = torch.split(positions, lengths.tolist())
     if steps is not None and steps < len(blocks):
-        raise ValueError(f"steps must be at least the number of blocks, {len(blocks)}, got {steps}")
+        raise ValueError(
+            f"steps must be at least the number of blocks, {len(blocks)} with "
+            f"block_size={block_size}, got {steps}"
+        )
     shares = transfer_schedule(steps, len(blocks)).tolist() if steps is not None else None
     for index, block in enumerate(blocks):
         share = len(block) if shares is None else shares[index]

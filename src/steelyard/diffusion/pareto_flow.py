@@ -295,7 +295,7 @@ def categorical_to_logits(
     check_not_empty("codes", codes)
     check_count("num_classes", num_classes, at_least=2)
     if not bool(((codes >= 0) & (codes < num_classes)).all()):
-        raise ValueError(f"codes must be in 0 .. {num_classes - 1}")
+        raise ValueError(f"codes must be in 0 .. {num_classes - 1}, below num_classes")
     share = _SMOOTHING / num_classes
     one_hot = torch.nn.functional.one_hot(codes.long(), num_classes).double()
     log_probs = ((1 - _SMOOTHING) * one_hot + share).log()

@@ -98,7 +98,7 @@ def minimum_partitions(objectives: int, count: int = 400) -> int:
     check_count("objectives", objectives, at_least=1)
     check_count("count", count, at_least=1)
     if objectives == 1 and count > 1:
-        raise ValueError(f"count must be 1 for one objective, which has one weight, got {count}")
+        raise ValueError(f"count must be 1 for objectives = 1, which have one weight, got {count}")
     candidates = range(1, count + 1)  # two objectives or more have over p vectors
     found = bisect_left(candidates, count, key=lambda p: math.comb(objectives + p - 1, p))
     return candidates[found]

@@ -64,7 +64,7 @@ class TabularMaskedModel(torch.nn.Module):
         check_count("vocab_size", vocab_size, at_least=1)
         if not bool(((states >= 0) & (states < vocab_size) & (states != mask_id)).all()):
             raise ValueError(
-                f"states must have tokens in 0 .. {vocab_size - 1} other than the mask"
+                f"states must have tokens in 0 .. {vocab_size - 1} other than mask_id, {mask_id}"
             )
         if not bool((probs >= 0).all() & (probs.sum() > 0) & probs.isfinite().all()):
             raise ValueError("probs must be finite, not negative and not all zero")
@@ -79,7 +79,9 @@ class TabularMaskedModel(torch.nn.Module):
         check_shape("ids", ids, (None, self.indicators.shape[1]))
         seen = ids != self.mask_id
         if not bool((~seen | ((ids >= 0) & (ids < self.vocab_size))).all()):
-            raise ValueError(f"ids must be in 0 .. {self.vocab_size - 1} or {self.mask_id}")
+            raise ValueError(
+                f"ids must be tokens in 0 .. {self.vocab_size - 1} or mask_id, {self.mask_id}"
+            )
         tokens = torch.where(seen, ids, 0).long()
         observed = torch.nn.functional.one_hot(tokens, self.vocab_size) * seen[..., None]
         # How many observed tokens each state shares: one product for all rows and states.

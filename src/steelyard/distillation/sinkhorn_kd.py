@@ -72,8 +72,9 @@ def sinkhorn_kd_loss(
     check_range("epsilon", epsilon, above=0.0)
     check_count("num_iterations", num_iterations)
     check_range("p", p, at_least=1.0)
-    student = (widen(student_logits) / temperature).softmax(1)
-    teacher = (widen(teacher_logits.detach()) / temperature).softmax(1)
+    student, teacher = widen(student_logits), widen(teacher_logits.detach())
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    student, teacher = ((x.to(dtype) / temperature).softmax(1) for x in (student, teacher))
     cost = torch.cdist(student, teacher, p=float(p))
     if gradient == "detach":
         plan = sinkhorn_plan(cost.detach(), epsilon, num_iterations=num_iterations)

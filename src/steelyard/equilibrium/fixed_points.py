@@ -44,7 +44,9 @@ def relax(
 
     Raises:
         RuntimeError: it does not come to rest; says how far it is.
-        ValueError: an argument is out of range, or the field changes the shape.
+        ValueError: an argument is out of range, ``start`` is not finite, or the field changes the
+            shape.
+        TypeError: ``start`` is neither floating nor complex.
 
     Example:
         >>> relax(lambda u: torch.cos(u) - u, torch.zeros(1, dtype=torch.float64), tolerance=1e-9)
@@ -56,6 +58,8 @@ def relax(
     check_range("tolerance", tolerance, above=0.0)
     check_count("max_iterations", max_iterations)
     check_not_empty("start", start)
+    _check_inexact("start", start)
+    _check_finite("start", start)
     with torch.no_grad():
         u = start.detach()
         residual = u.new_tensor(float("inf")).abs()
@@ -94,7 +98,7 @@ def fixed_point(
 
     Raises:
         RuntimeError: no convergence, with the residual.
-        ValueError: ``start`` is empty or 0-d, or the field changes the shape.
+        ValueError: ``start`` is empty, 0-d or not finite, or the field changes the shape.
         TypeError: ``start`` is neither floating nor complex.
 
     Example:
@@ -105,6 +109,7 @@ def fixed_point(
     Source: arXiv:2309.02214 (setting).
     """
     check_state("start", start)
+    _check_finite("start", start)
     check_range("tolerance", tolerance, above=0.0)
     check_count("max_iterations", max_iterations)
     with torch.no_grad():
@@ -168,11 +173,22 @@ def evaluate(field: Field, u: Tensor) -> Tensor:
     return value
 
 
+def _check_inexact(name: str, u: Tensor) -> None:
+    if not (u.is_floating_point() or u.is_complex()):
+        raise TypeError(f"{name} must have a floating or complex dtype, got {u.dtype}")
+
+
+def _check_finite(name: str, u: Tensor) -> None:
+    """Require finite entries; the solvers read values in every step anyway."""
+    finite = u.isfinite()
+    if not bool(finite.all()):
+        raise ValueError(f"{name} must be finite, got {int((~finite).sum())} entries that are not")
+
+
 def check_state(name: str, u: Tensor) -> None:
     """Require a non-empty floating or complex tensor with at least one dimension."""
     check_tensor(name, u)
-    if not (u.is_floating_point() or u.is_complex()):
-        raise TypeError(f"{name} must have a floating or complex dtype, got {u.dtype}")
+    _check_inexact(name, u)
     if u.dim() == 0:
         raise ValueError(f"{name} must have shape [.., n], got []")
     check_not_empty(name, u)

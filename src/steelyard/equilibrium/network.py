@@ -180,7 +180,7 @@ class EquilibriumNetwork(nn.Module):
 
         Args:
             u: states at rest ``[B, n]``.
-            drive: what they were driven by ``[B, n]``.
+            drive: what they were driven by ``[B, n]``; only ``"cauchy"`` reads its values.
             target: classes ``[B]``.
             method: ``"exact"``, ``"cauchy"`` or ``"backprop"``.
             points: of ``"cauchy"``, at least 1.
@@ -195,14 +195,14 @@ class EquilibriumNetwork(nn.Module):
             ValueError: a shape or number does not fit.
         """
         check_choice("method", method, METHODS)
+        check_count("points", points)
+        check_range("beta", beta, above=0.0)
         self._check("u", u)
         self._check("drive", drive)
         check_shape("drive", drive, tuple(u.shape))
         check_shape("target", target, (u.shape[0],))
         check_integer_dtype(target=target)
         if method == "cauchy":
-            check_count("points", points)
-            check_range("beta", beta, above=0.0)
             tolerance = 64 * torch.finfo(u.dtype).eps
 
             def nudged(start: Tensor, nudge: complex | float) -> Tensor:
@@ -234,7 +234,7 @@ class EquilibriumNetwork(nn.Module):
 
         Args:
             u: states at rest ``[B, n]``.
-            drive: what they were driven by ``[B, n]``.
+            drive: what they were driven by ``[B, n]``; only ``"cauchy"`` reads its values.
             target: classes ``[B]``.
             method: whose error vectors.
             points: of ``"cauchy"``.

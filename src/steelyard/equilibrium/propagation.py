@@ -15,7 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_count, check_range, check_shape
+from steelyard._checks import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_range,
+    check_shape,
+)
 from steelyard.equilibrium.fixed_points import Field, check_state, evaluate, fixed_point, jacobian
 
 Method = Literal["exact", "cauchy", "backprop"]
@@ -63,6 +69,7 @@ def error_vector(
 
     Raises:
         ValueError: ``u`` is not a fixed point, or an argument does not fit.
+        TypeError: a function cannot be called, or ``u`` is neither floating nor complex.
         RuntimeError: a nudged system has no fixed point near ``u``: the nudge is too strong.
 
     Example:
@@ -80,7 +87,12 @@ def error_vector(
     check_choice("method", method, METHODS)
     check_state("u", u)
     check_shape("u", u, (None,))
-    u = u.detach()
+    check_callable(loss_gradient=loss_gradient)
+    if activation is not None:
+        check_callable(activation=activation)
+    check_count("points", points)
+    check_range("beta", beta, above=0.0)
+    u = u.detach().contiguous()  # jvp writes to it, so no two entries may share memory
     residual = evaluate(field, u).abs().max()
     if not bool(residual <= AT_REST * (1 + u.abs().max())):
         raise ValueError(f"u must be a fixed point of field, got a residual of {residual:.2g}")
@@ -89,8 +101,6 @@ def error_vector(
         return state if activation is None else activation(state)
 
     if method == "cauchy":
-        check_count("points", points)
-        check_range("beta", beta, above=0.0)
         settle = partial(_nudged, field, loss_gradient, activity)
         return circle_estimate(settle, activity, u, points, beta)
     with torch.no_grad():

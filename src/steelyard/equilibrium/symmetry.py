@@ -105,7 +105,8 @@ def symmetry_measure(jacobian: Tensor) -> Tensor:
     even = torch.linalg.matrix_norm(jacobian + jacobian.mT)
     odd = torch.linalg.matrix_norm(jacobian - jacobian.mT)
     total = even + odd
-    return torch.where(total > 0, even / torch.where(total > 0, total, 1.0), 1.0)
+    zero = total == 0  # and not "> 0", which would hide a NaN
+    return torch.where(zero, 1.0, even / torch.where(zero, 1.0, total))
 
 
 def rotated_feedback(forward: Tensor, random: Tensor, alpha: float) -> Tensor:

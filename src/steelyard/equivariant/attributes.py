@@ -159,7 +159,7 @@ def polynomial_cutoff(r: Tensor, r_max: float, p: int = 6) -> Tensor:
     # Clamped before the powers: at a large distance they would overflow to inf - inf.
     u = (r.to(accumulation_dtype(r.dtype)) / r_max).clamp(max=1.0)
     bracket = (p + 1) * (p + 2) / 2 - p * (p + 2) * u + p * (p + 1) / 2 * u.square()
-    return torch.where(u < 1, 1 - u**p * bracket, 0.0).to(r.dtype)
+    return torch.where(u >= 1, 0.0, 1 - u**p * bracket).to(r.dtype)
 
 
 def polynomial_features(x: Tensor, degree: int) -> Tensor:
@@ -260,7 +260,8 @@ def check_batch(batch: Tensor | None, pos: Tensor) -> None:
 def check_edge_index(edge_index: Tensor, points: int) -> None:
     """Require integer pairs of existing points; compiled code trusts the values."""
     check_shape("edge_index", edge_index, (2, None))
-    check_integer_dtype(edge_index=edge_index)
+    if edge_index.dtype not in (torch.int32, torch.int64):  # no others index a tensor
+        raise TypeError(f"edge_index must have the dtype int32 or int64, got {edge_index.dtype}")
     if torch.compiler.is_compiling() or edge_index.numel() == 0:
         return
     low, high = (int(bound) for bound in edge_index.aminmax())

@@ -149,6 +149,7 @@ class ChargedParticles:
             ValueError: shapes that do not fit, or ``steps`` < 0. TypeError: not floating point.
         """
         _check_particles(pos, charge)
+        check_floating(vel=vel)
         check_same_shape(pos=pos, vel=vel)
         check_count("steps", steps, at_least=0)
         if kick:

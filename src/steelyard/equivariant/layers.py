@@ -152,6 +152,8 @@ def convnext_residual(
     check_shape("b1", b1, (width,))
     check_shape("w2", w2, (channels, width))
     check_shape("b2", b2, (channels,))
+    for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        _check_double(name, tensor, conv_out)
     optional = (
         ("norm_weight", norm_weight),
         ("norm_bias", norm_bias),
@@ -160,9 +162,20 @@ def convnext_residual(
     for name, vector in optional:
         if vector is not None:
             check_shape(name, vector, (channels,))
+            _check_double(name, vector, conv_out)
     normed = functional.layer_norm(conv_out, (channels,), norm_weight, norm_bias, NORM_EPS)
     mixed = functional.linear(functional.gelu(functional.linear(normed, w1, b1)), w2, b2)
     return block_in + (mixed if layer_scale is None else layer_scale * mixed)
+
+
+def _check_double(name: str, vector: Tensor, conv_out: Tensor) -> None:
+    """Require float64 in both or neither: the one dtype that autocast does not convert."""
+    if not vector.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
+    if (vector.dtype == torch.float64) != (conv_out.dtype == torch.float64):
+        raise TypeError(
+            f"{name} must have the dtype of conv_out, {conv_out.dtype}, got {vector.dtype}"
+        )
 
 
 class Geometry(NamedTuple):
@@ -327,7 +340,8 @@ class PonitaBlock(nn.Module):
         super().__init__()
         _check_sizes(hidden=hidden, basis=basis, widening=widening)
         if layer_scale is not None:
-            check_range("layer_scale", layer_scale)
+            largest = torch.finfo(torch.get_default_dtype()).max
+            check_range("layer_scale", layer_scale, at_least=-largest, at_most=largest)
             layer_scale = float(layer_scale)
         self.convolution = BundleConvolution(hidden, basis, fiber=fiber, receiver=receiver)
         self.norm = nn.LayerNorm(hidden, eps=NORM_EPS)

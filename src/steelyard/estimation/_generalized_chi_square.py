@@ -20,6 +20,7 @@ from steelyard.estimation._noncentral import saddlepoint_log_cdf
 _CHUNK_ENTRIES = 2**20
 _RELATIVE_ACCURACY = 1e-12
 _MAX_HALVINGS = 14
+_MOST_NODES = 2**20  # before the first halving; good input takes tens
 # The integrand is followed until it has fallen by exp(-46) = 1e-20.
 _NEGLIGIBLE = 46.0
 # Slope of the far contour against the imaginary axis; below 1 the integrand can only fall on it.
@@ -126,6 +127,8 @@ def _contour_integral(law: WeightedChiSquares, x: float, centre: float) -> Tenso
     end = 16 * step
     while float(log_integrand(start.new_tensor([end]))[0].real) > floor:
         end *= 1.5
+    if not end / step < _MOST_NODES:
+        raise ValueError("test_error is too far out in the tail to invert, covariance too small")
     nodes = torch.arange(0.0, end, step, dtype=start.dtype, device=start.device)
     values = log_integrand(nodes).exp().imag
     total = (values.sum() - values[0] / 2) * step

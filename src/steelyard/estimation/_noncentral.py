@@ -6,6 +6,7 @@ are over positive terms, taken where the terms are, in logarithms.
 
 import math
 from functools import cache
+from typing import NoReturn
 
 import torch
 from numpy.polynomial import Polynomial
@@ -17,6 +18,7 @@ from steelyard.estimation._special import log1p_cubic, log1p_minus, log_poisson
 # below e^-40 of it: the terms are log-concave.
 _DEVIATIONS, _EXTRA_TERMS = 10.0, 60
 _MAX_TERMS = 2**24
+_LARGEST_COUNT = 2.0**53  # beyond, float64 has not every integer
 # u_k / order^k of the first term left out is below 3e-14 from this order on.
 _DEBYE_FROM, _DEBYE_TERMS = 15.0, 13
 
@@ -44,13 +46,19 @@ def _window(y: float, a: float, rate: float) -> tuple[int, int]:
     # the largest term: where y/(a + k) is 1, or where (y/(a + k)) (rate/k) is, below rate
     peak = y - a if y - a > rate else 2 * y * rate / (a + root)
     half = _DEVIATIONS * math.sqrt(a + max(peak, 0.0) + 1) + _EXTRA_TERMS
+    if not (peak < _LARGEST_COUNT and half < _LARGEST_COUNT):
+        _refuse_terms(math.inf)
     low, high = max(0, math.floor(peak - half)), math.ceil(max(peak, 0.0) + half)
     if high - low > _MAX_TERMS:
-        raise ValueError(
-            f"the exact tail would sum {high - low:.1e} terms; at these parameters "
-            'method="saddlepoint" is as good'
-        )
+        _refuse_terms(high - low)
     return low, high
+
+
+def _refuse_terms(count: float) -> NoReturn:
+    raise ValueError(
+        f"the exact tail would sum {count:.1e} terms at these test_error, df, noncentrality and "
+        'scale, where method="saddlepoint" is as good'
+    )
 
 
 def _log_poisson_cdf(low: int, high: int, rate: Tensor) -> Tensor:
@@ -62,6 +70,8 @@ def _log_poisson_cdf(low: int, high: int, rate: Tensor) -> Tensor:
     reach = _DEVIATIONS * math.sqrt(value) + _EXTRA_TERMS
     start = max(0, math.floor(min(low, value) - reach))
     stop = min(high, math.ceil(value + reach))
+    if stop - start > _MAX_TERMS:
+        _refuse_terms(stop - start)
     beyond = high - max(stop, low - 1)
     counts = torch.arange(start, stop + 1, dtype=rate.dtype, device=rate.device)
     known = log_poisson(counts, rate).logcumsumexp(0)[max(low - start, 0) :].clamp(max=0.0)

@@ -171,6 +171,14 @@ class CauchySchwarzBottleneck(nn.Module):
     ) -> None:
         check_range("beta", beta, at_least=0.0)
         check_range("noise", noise, at_least=0.0)
+        widths = {
+            "bandwidth_x": bandwidth_x,
+            "bandwidth_y": bandwidth_y,
+            "bandwidth_t": bandwidth_t,
+        }
+        for name, width in widths.items():
+            if width is not None and not isinstance(width, Tensor):
+                check_range(name, width, above=0.0)
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.beta, self.noise, self.generator = beta, noise, generator

@@ -332,7 +332,7 @@ def dpp_conditional(basis: Tensor, chosen: Tensor) -> Tensor:
     if bool((r.diagonal().square() <= SPANNED * lengths).any()):
         raise ValueError("chosen must have linearly independent rows")
     rest = kernel - (phi @ q).square().sum(1)
-    rest = torch.where(rest > SPANNED * kernel, rest, 0.0)
+    rest = torch.where(rest <= SPANNED * kernel, 0.0, rest)  # a NaN stays
     return (rest / (m - k)).to(narrow_dtype(basis, chosen))
 
 

@@ -16,6 +16,7 @@ from steelyard._checks import (
     check_count,
     check_floating,
     check_not_empty,
+    check_same_dtype,
     check_same_shape,
     check_shape,
     given,
@@ -116,6 +117,10 @@ class ExponentialFamily:
 
         Without the ``p^4`` numbers: it is the fourth cumulant of a quadratic form.
         """
+        check_floating(theta=theta, pairs=pairs)
+        check_shape("theta", theta, (self.size,))
+        check_shape("pairs", pairs, (self.size, self.size))
+        check_same_dtype(theta=theta, pairs=pairs)
         probs = self.probs(theta)
         centred = self.statistics - probs @ self.statistics
         form = ((centred @ pairs) * centred).sum(1)
@@ -142,6 +147,10 @@ class ExponentialFamily:
 
     def start(self, eta: Tensor) -> Tensor:
         """Return a member to begin a search at."""
+        check_floating(eta=eta)
+        check_shape("eta", eta, (self.size,))
+        if not bool(eta.isfinite().all()):
+            raise ValueError("eta must be finite, got NaN or infinity")
         return torch.zeros_like(eta)
 
     def to(self, dtype: torch.dtype) -> "ExponentialFamily":

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_floating, check_same_dtype, check_shape
+from steelyard._checks import check_floating, check_same_dtype, check_same_shape, check_shape
 from steelyard.estimation._family import TRUTH, third_moment
 from steelyard.estimation.exponential_family import check_edges
 
@@ -68,7 +68,7 @@ class GaussianGraphicalFamily:
         return torch.cat([data, data[:, self._left] * data[:, self._right]], 1)
 
     def precision(self, theta: Tensor) -> Tensor:
-        """Return the precision matrix, ``[d, d]``."""
+        """Return the precision matrix, ``[d, d]``; the first ``d`` entries are not read."""
         check_floating(theta=theta)
         check_shape("theta", theta, (self.size,))
         d = self.dim
@@ -91,7 +91,7 @@ class GaussianGraphicalFamily:
         """Return ``psi(theta)``; infinite where the precision is not positive definite."""
         factor, failed = torch.linalg.cholesky_ex(self.precision(theta))
         if bool(failed):
-            return theta.new_tensor(math.inf)
+            return torch.where(theta.detach().isnan().any(), math.nan, theta.new_tensor(math.inf))
         h = theta[: self.dim].unsqueeze(1)
         quadratic = (h * torch.cholesky_solve(h, factor)).sum()
         log_det = 2 * factor.diagonal().log().sum()
@@ -137,6 +137,8 @@ class GaussianGraphicalFamily:
 
     def kl(self, theta: Tensor, other: Tensor) -> Tensor:
         """Return ``KL(g(theta) || g(other))`` in the Bregman form, 0-d."""
+        check_floating(theta=theta, other=other)
+        check_same_shape(theta=theta, other=other)
         gap = self.log_normalizer(other) - self.log_normalizer(theta)
         return gap - ((other - theta) * self.mean(theta)).sum()
 
@@ -149,7 +151,10 @@ class GaussianGraphicalFamily:
         statistics = self._rows(truth)
         centred = statistics - statistics.mean(0)
         weights = centred.new_full((len(centred),), 1 / len(centred))
-        return centred.mT @ centred / len(centred), third_moment(weights, centred)
+        third = third_moment(weights, centred)
+        if not bool(third.detach().isfinite().all()):
+            raise ValueError(f"{TRUTH} must be smaller: the third moments of its squares overflow")
+        return centred.mT @ centred / len(centred), third
 
     def start(self, eta: Tensor) -> Tensor:
         """Return the independent normal laws with the right means and variances."""

@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_count, check_floating, check_range, check_shape, check_tensor
+from steelyard._checks import (
+    check_count,
+    check_floating,
+    check_range,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from steelyard.estimation._family import Family, member_with_means
 
 __all__ = [
@@ -193,6 +200,7 @@ def risk_from_cumulants(
 
     Raises:
         ValueError: a shape does not fit, or ``G`` is not positive definite.
+        TypeError: a tensor is not floating point, or the dtypes differ.
 
     Example:
         An exponential law with its own model: the exact risk is digamma(n) - log n + 1/(n - 1).
@@ -219,7 +227,8 @@ def risk_from_cumulants(
     shapes |= {"truth_third": (truth_third, 3)}
     for name, (tensor, order) in shapes.items():
         check_shape(name, tensor, (p,) * order)
-    whiten = _whitener(model_covariance)
+    check_same_dtype(**{name: tensor for name, (tensor, _) in shapes.items()})
+    whiten = _whitener(model_covariance, name="model_covariance")
     sandwich = whiten.mT @ whiten @ truth_covariance @ whiten.mT @ whiten
     fourth = torch.einsum("abcd,ab,cd->", model_fourth, sandwich, sandwich)
     return _combine(whiten, model_third, fourth, truth_covariance, truth_third)
@@ -461,13 +470,13 @@ def _turn(tensor: Tensor, whiten: Tensor) -> Tensor:
     return tensor
 
 
-def _whitener(covariance: Tensor) -> Tensor:
+def _whitener(
+    covariance: Tensor, *, name: str = "the covariance of the statistics of family"
+) -> Tensor:
     """Inverse of the Cholesky factor."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if bool(failed):
-        raise ValueError(
-            "the covariance of the statistics under the model must be positive definite"
-        )
+        raise ValueError(f"{name} must be positive definite")
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
     return inverse

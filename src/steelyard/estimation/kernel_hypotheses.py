@@ -7,6 +7,7 @@ tail and inductive bias follow without sampling.
 Source: Boopathy, Yue, Hwang, Iyer, Fiete (2024), arXiv:2406.15941, sections 3.2 and 3.3.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -198,7 +199,8 @@ def exact_inductive_bias(
 
     Raises:
         TypeError: not floating point.
-        ValueError: wrong shapes, empty, negative ``test_error``, or unknown ``method``.
+        ValueError: wrong shapes, empty, not finite, negative ``test_error``, unknown ``method``, or
+            numbers so far apart in size that rounding leaves nothing of the tail.
 
     Example:
         Training removes bias: the nats needed for an error of 0.01 fall with each point.
@@ -222,14 +224,23 @@ def exact_inductive_bias(
     c, d = _gaussian(covariance, residual)
     (level,) = as_wide(test_error=test_error)
     check_values("test_error", level, at_least=0.0)
-    values, vectors = torch.linalg.eigh((c + c.T) / 2)
+    for name, tensor in (("covariance", c), ("residual", d)):
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    values, vectors = torch.linalg.eigh(c / 2 + c.T / 2)
     projected = (vectors.T @ d).square().sum(1)
     random = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     unavoidable = float(projected[~random].sum()) / d.numel()
     law = WeightedChiSquares(
         values[random] / d.numel(), d.shape[1], projected[random] / values[random]
     )
+    if not bool(law.noncentrality.isfinite().all()):
+        raise ValueError("residual must be smaller beside covariance: its square overflows")
     nats = [_nats(law, error - unavoidable, method) for error in level.flatten().tolist()]
+    if any(math.isnan(value) for value in nats):
+        raise ValueError(
+            "test_error, covariance and residual must be of sizes that float64 holds side by side"
+        )
     result = torch.tensor(nats, dtype=level.dtype).reshape(level.shape)
     return result.to(narrow_dtype(covariance, residual)).to(covariance.device)
 
@@ -242,6 +253,8 @@ def _nats(law: WeightedChiSquares, x: float, method: str) -> float:
     if x == torch.inf:
         return 0.0
     nats = torch.inf if method == "imhof" else -float(saddlepoint_log_tail(law, x))
+    if nats == 0.0:  # no mass beyond: nothing to invert
+        return 0.0
     if method == "imhof" or (method == "auto" and nats < _SADDLEPOINT_FROM):
         nats = -float(inverted_log_tail(law, x))
     return max(nats, 0.0)

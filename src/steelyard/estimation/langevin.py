@@ -4,7 +4,7 @@ Source: Feder, Urbanke, Fogel (2025), arXiv:2506.07661, Langevin sampler; Wellin
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class SGLD(torch.optim.Optimizer):
         generator: random numbers, on the device of the parameters; its state is yours to save.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or no parameter.
+        TypeError: ``params`` cannot be iterated over.
 
     Example:
         The posterior of a mean of 100 items of variance 1 has standard deviation 1/10:
@@ -71,6 +72,7 @@ class SGLD(torch.optim.Optimizer):
         generator: torch.Generator | None = None,
     ) -> None:
         self.generator = generator
+        params = _at_least_one(params)
         settings = {"lr": lr, "num_data": num_data, "temperature": temperature}
         super().__init__(params, settings)
 
@@ -109,3 +111,18 @@ class SGLD(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {**state, "generator": self.generator}
+
+
+def _at_least_one(params: ParamsT) -> ParamsT:
+    """Require something to optimise, and keep what a generator yields; torch checks the items."""
+    if isinstance(params, Tensor):
+        return params
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of tensors or groups, got {type(params).__name__}"
+        )
+    kept: Any = list(params)
+    if not kept:
+        raise ValueError("params must hold at least one parameter, got none")
+    checked: ParamsT = kept
+    return checked

@@ -265,7 +265,8 @@ def required_samples(m: int, delta: float, eta: float) -> int:
         The number of points, at least ``m``.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or a ``delta`` or ``eta`` so small that the number of
+            points overflows.
 
     Example:
         >>> required_samples(10, delta=0.9, eta=0.01), required_samples(10, delta=0.5, eta=0.01)
@@ -275,7 +276,13 @@ def required_samples(m: int, delta: float, eta: float) -> int:
     """
     check_count("m", m)
     check_range("eta", eta, above=0.0, below=1.0)
-    return max(m, math.ceil(m * math.log(m / eta) / chernoff_rate(delta)))
+    rate = chernoff_rate(delta)
+    points = m * math.log(m / eta) / rate if rate > 0 else math.inf
+    if points == math.inf:
+        raise ValueError(
+            f"m, delta and eta must ask for a finite number of points, got {m}, {delta}, {eta}"
+        )
+    return max(m, math.ceil(points))
 
 
 def check_basis(basis: Tensor, measure: Tensor) -> tuple[Tensor, Tensor]:

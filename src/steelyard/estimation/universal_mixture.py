@@ -302,6 +302,7 @@ def ball_bound(kls: Tensor, prior: Tensor, epsilon: Number, n: int) -> Tensor:
 
     Source: arXiv:2506.07661, weight theorem.
     """
+    _check_bound(kls, prior)
     check_count("n", n)
     (radius,) = as_wide(epsilon=epsilon)
     weight = hypothesis_weight(widen(kls), widen(prior), radius)

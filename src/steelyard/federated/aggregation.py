@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steelyard._checks import check_choice, check_floating, check_shape
+from steelyard._checks import check_choice, check_floating, check_not_nan, check_shape
 from steelyard.federated.participation import check_probability
 
 Rule = Literal["fedau", "participating", "all", "known", "mifa", "fedvarp"]
@@ -71,7 +71,8 @@ def aggregate(
         without one). The arguments are not changed.
 
     Raises:
-        ValueError: a shape does not fit, or the rule lacks what it needs.
+        ValueError: a shape does not fit, ``lr`` is NaN, or the rule lacks what it needs.
+        TypeError: a tensor is not floating, or ``lr`` is no number.
 
     Example:
         Two clients pull to 0 and to 4; the second comes every fourth round, so counts four times.
@@ -86,6 +87,7 @@ def aggregate(
     Source: arXiv:2306.03401, Algorithm 1 and its baselines.
     """
     check_choice("rule", rule, RULES)
+    check_not_nan("lr", lr)
     check_floating(x=x, deltas=deltas)
     check_shape("x", x, (None,))
     check_shape("deltas", deltas, (None, x.shape[0]))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steelyard._checks import check_count, check_floating, check_shape
+from steelyard._checks import check_count, check_floating, check_range, check_shape
 
 
 class IntervalMoments(NamedTuple):
@@ -122,6 +122,7 @@ def interval_moments(probability: Tensor | float, cutoff: int | None = None) -> 
 
     Raises:
         ValueError: a probability is outside (0, 1], or the cutoff is below 1.
+        TypeError: ``probability`` is neither a number nor a floating tensor.
 
     Example:
         >>> moments = interval_moments(0.5, cutoff=2)
@@ -133,6 +134,7 @@ def interval_moments(probability: Tensor | float, cutoff: int | None = None) -> 
     Source: arXiv:2306.03401; the exact moments are derived here.
     """
     if not isinstance(probability, Tensor):
+        check_range("probability", probability, above=0.0, at_most=1.0)
         probability = torch.tensor(probability, dtype=torch.float64)
     check_probability("probability", probability)
     miss = 1 - probability

@@ -140,7 +140,8 @@ def _checked(tokens: Sequence[str], js: Tensor, high: float) -> list[tuple[str, 
     check_shape("js", js, (None,))
     check_not_empty("js", js)
     check_range("high", high, at_least=0.0, below=float("inf"))
-    if isinstance(tokens, str) or any(not isinstance(token, str) for token in tokens):
+    listed = not isinstance(tokens, str) and hasattr(tokens, "__len__")
+    if not listed or any(not isinstance(token, str) for token in tokens):
         raise TypeError("tokens must be a sequence of strings, one for each token")
     if len(tokens) != js.shape[0]:
         raise ValueError(f"tokens must be as many as js, {js.shape[0]}, got {len(tokens)}")

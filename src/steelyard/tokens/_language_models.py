@@ -147,6 +147,10 @@ def model_logprobs(
     check_range("temperature", temperature, above=0.0, below=float("inf"))
     run = hidden_states_and_head(model, input_ids, attention_mask=attention_mask)
     targets = input_ids[:, 1:]
+    source = run.logits if run.hidden is None else run.hidden
+    assert source is not None  # one of the two is there
+    work = torch.promote_types(source.dtype, torch.float32)
+    check_range("temperature", temperature, at_least=torch.finfo(work).tiny)  # finite inverse
     if run.hidden is not None and run.weight is not None:
         found = linear_logprobs(
             run.hidden[:, :-1].flatten(0, 1),
@@ -159,7 +163,6 @@ def model_logprobs(
         return LinearLogprobs(*(field.view_as(targets) for field in found))
     assert run.logits is not None  # one of the two is there
     logits = run.logits[:, :-1]
-    work = torch.promote_types(logits.dtype, torch.float32)
     logprobs = (logits.to(work) / temperature).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(work).min)).sum(-1)
     chosen = logprobs.gather(-1, targets[..., None].long())[..., 0]

@@ -75,6 +75,8 @@ def plot_js_percentiles(curves: Mapping[str, Tensor], *, high: float = 0.1) -> "
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves must be a mapping, got {type(curves).__name__}")
     if not curves:
         raise ValueError("curves must not be empty")
     check_range("high", high, at_least=0.0, below=float("inf"))

@@ -340,7 +340,8 @@ def repeat_factors(
     for categories in images:
         if categories and (categories[0] < 0 or categories[-1] >= num_categories):
             raise ValueError(
-                f"image_categories must lie in [0, {num_categories}), got {categories}"
+                f"image_categories must lie in [0, num_categories = {num_categories}), "
+                f"got {categories}"
             )
     share = torch.bincount(flat, minlength=num_categories).double() / len(images)
     factor = (threshold / share).sqrt().clamp(min=1)

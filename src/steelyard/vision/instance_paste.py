@@ -163,6 +163,8 @@ def mask_boxes(masks: Tensor) -> Tensor:
     if masks.dtype != torch.bool:
         raise TypeError(f"masks must have dtype torch.bool, got {masks.dtype}")
     masks = masks.as_subclass(Tensor)
+    if masks.numel() == 0:  # no pixel to find a box of
+        return torch.zeros(len(masks), 4, device=masks.device)
     bounds = []
     for occupied in (masks.any(1), masks.any(2)):
         length = occupied.shape[1]
