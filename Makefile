@@ -8,11 +8,11 @@ RECIPES := bpo gbpo token-shift adora canon f-dpo f-dpg sparse-po ranking-accura
 # Tests use one BLAS thread each, so that two workers share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types unit browser docs bench faults audit results clean
+.PHONY: help demo test lint types unit browser docs bench faults determinism audit results clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # torch comes first and alone: the pinned build is what every later install must keep.
 $(BIN)/.base: pyproject.toml
@@ -65,6 +65,9 @@ bench: $(BIN)/.dev  ## Measure speed beside the peers (about three hours)
 faults: $(BIN)/.dev  ## Break runs on purpose, and the public functions with bad arguments
 	$(BIN)/python reliability/faults.py --out reliability/results/faults.json
 	$(BIN)/python reliability/fuzz.py --examples 40 --out reliability/results/fuzz.json
+
+determinism: $(BIN)/.dev  ## Run every recipe twice and compare the bytes (about 40 minutes)
+	$(BIN)/python reliability/determinism.py
 
 audit: $(BIN)/.dev  ## Look for unsafe code, and for known holes in what is installed
 	$(BIN)/uv tool run bandit -q -c pyproject.toml -r src

@@ -22,7 +22,7 @@ from benchmark_pages import (
     rl_benchmark,
 )
 from page_parts import filled, read, table, versions
-from reliability_pages import faults_table, fuzz_table
+from reliability_pages import determinism_table, faults_table, fuzz_table
 
 from steelyard.lab import interquartile_mean
 from steelyard.lab._format import effect, number
@@ -62,6 +62,7 @@ def expected(root: Path) -> Iterator[tuple[Path, bytes]]:
     tables = {
         "faults": faults_table(broken / "faults.json"),
         "fuzz": fuzz_table(broken / "fuzz.json"),
+        "determinism": determinism_table(broken / "determinism.json"),
     }
     yield filled(root / "docs/reliability.md", tables)
     yield from fused_benchmark(root)

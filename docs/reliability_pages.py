@@ -54,3 +54,27 @@ def fuzz_table(file: Path) -> str:
             table(["package", "functions", *counts, "open", "known"], [*rows, ["all", *total]]),
         )
     )
+
+
+def determinism_table(file: Path) -> str:
+    """Return what ``reliability/determinism.py`` compared."""
+    if not file.exists():
+        return "No result is committed yet."
+    result = json.loads(file.read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["recipe"],
+            str(row["files"]),
+            f"{row['bytes']:,}",
+            ", ".join(row["different"]) or "none",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    seeds = "one seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    return "\n\n".join(
+        (
+            f"Quick form, {seeds}; {versions(result)}.",
+            table(["recipe", "files compared", "bytes", "files that differ", "seconds"], rows),
+        )
+    )
