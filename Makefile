@@ -64,7 +64,7 @@ bench: $(BIN)/.dev  ## Measure speed beside the peers (about three hours)
 
 faults: $(BIN)/.dev  ## Break runs on purpose, and the public functions with bad arguments
 	$(BIN)/python reliability/faults.py --out reliability/results/faults.json
-	$(BIN)/python reliability/fuzz.py --examples 40 --out reliability/results/fuzz.json
+	$(BIN)/python reliability/fuzz.py --examples 150 --out reliability/results/fuzz.json
 
 determinism: $(BIN)/.dev  ## Run every recipe twice and compare the bytes (about 40 minutes)
 	$(BIN)/python reliability/determinism.py

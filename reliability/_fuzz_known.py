@@ -74,6 +74,21 @@ KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
         ("rewards: all nan", "an infinite or NaN reward is left out, as said"),
         ("rewards: nan", "an infinite or NaN reward is left out, as said"),
     ),
+    "preference.LogPartition.update": (("NaN in", "returns nothing; value holds the NaN"),),
+    "preference.LogPartition.forward": (("NaN in", "returns nothing; value holds the NaN"),),
+    "divergences.cauchy_schwarz_divergence": (("1e+30", "its square is beyond float32"),),
+    "divergences.mmd_squared": (("1e+30", "its square is beyond float32"),),
+    "equilibrium.homeostatic_loss": (
+        ("e+30", "its square is beyond float32"),
+        ("e+7", "the square of a probe of 1e74 and more is beyond float64"),
+        ("e+1", "the square of a probe of 1e74 and more is beyond float64"),
+    ),
+    "equivariant.Ponita.forward": (
+        ("e+1", "polynomials of distances of 1e100 and more are beyond float64"),
+    ),
+    "metric_learning.simclr_loss": (
+        ("e-1", "logits over a temperature of 1e-38 are beyond float32"),
+    ),
     "tabular.optimal_bins": (("iv_by_bins", "-inf where no such number of bins is allowed"),),
 }
 
@@ -96,6 +111,8 @@ KNOWN |= {
 }
 
 DOMAIN: dict[str, str] = {
+    "divergences.FDivergence.terms": "a log-probability above 0 is none, its exponential overflows",
+    "preference.dpg_loss": "a log-probability above 0 is none, its exponential overflows",
     "divergences.FDivergence.f": "t < 0 is no density ratio",
     "divergences.FDivergence.derivative": "t < 0 is no density ratio; f'(0) may be infinite",
     "divergences.FDivergence.second_derivative": "t < 0 is no density ratio; f''(0) is infinite",

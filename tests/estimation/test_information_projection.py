@@ -479,7 +479,7 @@ def test_errors_name_what_is_wrong():
         bayes_error_risk(0.5)
     with pytest.raises(ValueError, match=r"c1 must be >= 0\.0"):
         minimum_sample_size(-1.0, 0.0, 0.05)
-    with pytest.raises(ValueError, match="edges must be pairs i < j below 2"):
+    with pytest.raises(ValueError, match="edges must be pairs i < j below nodes = 2"):
         pairwise_binary_family(2, [(1, 0)])
     with pytest.raises(ValueError, match="nodes must be <= 20"):
         pairwise_binary_family(21)

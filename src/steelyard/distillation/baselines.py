@@ -117,5 +117,5 @@ def dist_loss(
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
     cross, scale = (a * b).sum(dim), a.square().sum(dim) * b.square().sum(dim)
-    varies = scale > 0
-    return torch.where(varies, cross / torch.where(varies, scale, 1.0).sqrt(), 0.0)
+    constant = scale == 0  # and not "> 0", which would hide a NaN
+    return torch.where(constant, 0.0, cross / torch.where(constant, 1.0, scale).sqrt())

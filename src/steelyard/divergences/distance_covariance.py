@@ -199,6 +199,8 @@ def concatenated_distance_covariance(
 
     Source: Lee et al. (2025), arXiv:2509.08163.
     """
+    if not hasattr(attributes, "__len__"):
+        raise TypeError(f"attributes must be a list of tensors, got {type(attributes).__name__}")
     if len(attributes) == 0:
         raise ValueError("attributes must hold at least one tensor, got none")
     columns = _columns(x=x, **{f"attributes[{k}]": s for k, s in enumerate(attributes)})[1:]

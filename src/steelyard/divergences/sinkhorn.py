@@ -254,8 +254,9 @@ def sinkhorn_divergence(
         work = accumulation_dtype(plan.dtype)
         return (plan.to(work) * cost.to(work)).sum((-2, -1))
 
+    cross = transport(cost_xy, a, b, start[0])
     own = transport(cost_xx, a, a, start[1]) + transport(cost_yy, b, b, start[2])
-    return (transport(cost_xy, a, b, start[0]) - own / 2).to(cost_xy.dtype)
+    return (cross - own / 2).to(cost_xy.dtype)
 
 
 def _solve(

@@ -225,6 +225,8 @@ def radius_graph(pos: Tensor, radius: float | None = None, batch: Tensor | None 
     if radius is not None:
         check_range("radius", radius, above=0.0)
     points = pos.detach().to(accumulation_dtype(pos.dtype))
+    if bool(points.isnan().any()):  # the list of edges waits for the device anyway
+        raise ValueError(f"pos must hold no NaN, got {int(points.isnan().sum())}")
     index = torch.arange(len(points), device=pos.device)
     rows = max(1, DISTANCES_AT_ONCE // len(points))
     found = []

@@ -119,10 +119,11 @@ class ChargedParticles:
             ValueError: shapes that do not fit. TypeError: not floating point.
         """
         _check_particles(pos, charge)
+        check_floating(vel=vel)
         check_same_shape(pos=pos, vel=vel)
         squared = (pos[..., :, None, :] - pos[..., None, :, :]).square().sum(-1)
-        apart = squared > 0
-        inverse = torch.where(apart, torch.where(apart, squared, 1.0).rsqrt(), 0.0)
+        same = squared == 0  # and not "> 0", which would hide a NaN
+        inverse = torch.where(same, 0.0, torch.where(same, 1.0, squared).rsqrt())
         pairs = charge[..., :, None] * charge[..., None, :] * inverse
         return 0.5 * vel.square().sum((-2, -1)) + 0.5 * pairs.sum((-2, -1))
 

@@ -195,9 +195,9 @@ class Geometry(NamedTuple):
     """Basis of the kernel at the receiver's direction, ``[E, O, B]``."""
 
 
-def _check_bundle(x: Tensor, geometry: Geometry) -> None:
+def _check_bundle(x: Tensor, geometry: Geometry, hidden: int) -> None:
     check_floating(x=x)
-    check_shape("x", x, (None, None, None))
+    check_shape("x", x, (None, None, hidden))
     if not isinstance(geometry, Geometry):
         raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
 
@@ -273,7 +273,7 @@ class BundleConvolution(nn.Module):
         return self._convolve(x, geometry) + self.bias
 
     def _convolve(self, x: Tensor, geometry: Geometry) -> Tensor:
-        _check_bundle(x, geometry)
+        _check_bundle(x, geometry, len(self.bias))
         edges, kernel = geometry.edge_index, self.spatial(geometry.spatial)
         if self.fiber is None:
             return _sum_over_neighbours(x, kernel, edges).to(x.dtype)
@@ -289,7 +289,7 @@ class BundleConvolution(nn.Module):
     @torch.no_grad()
     def calibrate(self, x: Tensor, geometry: Geometry) -> None:
         """Scale the kernels so that each step keeps the standard deviation of ``x``."""
-        _check_bundle(x, geometry)
+        _check_bundle(x, geometry, len(self.bias))
         spread = x.std()
         kernel = self.spatial(geometry.spatial)
         summed = _sum_over_neighbours(x, kernel, geometry.edge_index).to(x.dtype)

@@ -213,7 +213,9 @@ class CauchySchwarzBottleneck(nn.Module):
         widths = (self.bandwidth_x, self.bandwidth_y, self.bandwidth_t)
         settings = (*widths, self.normalized, self.denominator, self.block_size)
         # kernels work on rows: flatten images and the like
-        return _terms(x.flatten(1), y, self.decoder(t), t, mask, self.beta, *settings)
+        y_hat = self.decoder(t)
+        check_shape("y", y, tuple(y_hat.shape))
+        return _terms(x.flatten(1), y, y_hat, t, mask, self.beta, *settings)
 
 
 def _terms(

@@ -360,6 +360,8 @@ def _given(weights: Tensor | None) -> tuple[Tensor, ...]:
 
 def _check_indices(indices: Tensor, candidates: int) -> None:
     check_integer_dtype(indices=indices)
+    if indices.dtype not in (torch.int32, torch.int64):  # uint8 would be a mask
+        raise TypeError(f"indices must have the dtype int32 or int64, got {indices.dtype}")
     if indices.dim() == 0:
         raise ValueError("indices must have at least one dimension, got shape []")
     outside = indices[(indices < 0) | (indices >= candidates)]

@@ -258,7 +258,7 @@ def check_edges(
         raise TypeError(f"edges must be pairs of integers, got {edges!r:.60}") from None
     for i, j in pairs:
         if not 0 <= i < j < nodes:
-            raise ValueError(f"edges must be pairs i < j below {nodes}, got ({i}, {j})")
+            raise ValueError(f"edges must be pairs i < j below {name} = {nodes}, got ({i}, {j})")
     if len(set(pairs)) < len(pairs):
         raise ValueError(f"edges must differ, got {pairs}")
     return pairs

@@ -436,7 +436,10 @@ def _minimum_n(c1: float, c2: float, threshold: float) -> int:
     under_root = c1 * c1 + 4 * threshold * c2
     if under_root < 0:
         return 1
-    largest = max(1, math.ceil((c1 + math.sqrt(under_root)) / (2 * threshold)))
+    root = (c1 + math.sqrt(under_root)) / (2 * threshold)
+    if root == math.inf:
+        raise ValueError(f"c1, c2 and epsilon must ask for a finite size, got {c1}, {c2}")
+    largest = max(1, math.ceil(root))
     # rounding may have put the root just above a whole number
     below = largest - 1
     fits = below >= 1 and c1 / below + c2 / below**2 <= threshold * (1 + 1e-12)

@@ -202,6 +202,8 @@ def weighted_least_squares(basis: Tensor, values: Tensor, weights: Tensor) -> We
     n, m = basis.shape
     root = (widen(weights) / n).sqrt()
     design = root.unsqueeze(1) * widen(basis)
+    if not bool(design.isfinite().all()):
+        raise ValueError("basis must be finite, and with weights in range, got NaN or infinity")
     left, singular, right = torch.linalg.svd(design, full_matrices=False)
     kept = singular > max(n, m) * torch.finfo(design.dtype).eps * singular.amax()
     left, singular, right = left[:, kept], singular[kept], right[kept]

@@ -133,5 +133,5 @@ class WeightedLeastSquares(_base.RegressorMixin, _base.BaseEstimator):  # type: 
 
 def _refuse_text(**arrays: Any) -> None:
     for name, array in arrays.items():
-        if isinstance(array, str):
-            raise TypeError(f"{name} must be an array of numbers, got str")
+        if isinstance(array, str) or np.asarray(array).dtype.kind in "SU":
+            raise TypeError(f"{name} must be an array of numbers, got text")

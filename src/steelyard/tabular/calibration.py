@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from steelyard._checks import check_range
+from steelyard._checks import check_count, check_range
 from steelyard._extras import require
 from steelyard.divergences import concatenated_distance_covariance
 from steelyard.tabular._columns import check_rows
@@ -125,6 +125,8 @@ def calibrate_strength(
         raise TypeError(f"parameter must be a name, got {type(parameter).__name__}")
     if len(seeds) == 0:
         raise ValueError("seeds must hold at least one seed, got none")
+    for seed in seeds:
+        check_count("seeds", seed, at_least=0, expected="integers")
     outcome = np.asarray(y)
     cells = intersectional_groups(sensitive, bins=bins, categorical=categorical)
     if len(cells) != len(outcome):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from steelyard._checks import check_count
 from steelyard._extras import require
 from steelyard.tabular._columns import check_rows
 from steelyard.tabular.binning import WoEBinner
@@ -72,6 +73,10 @@ def cross_fitted_iv(
     if not isinstance(binner, WoEBinner):
         raise TypeError(f"binner must be a WoEBinner, got {type(binner).__name__}")
     check_rows(X=X, y=y)
+    check_count("folds", folds, at_least=2)
+    classes = len(np.unique(y))
+    if classes != 2:
+        raise ValueError(f"y must hold two classes, got {classes}")
     splitter = _selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
     labels = np.asarray(y)
     results = []

@@ -124,7 +124,7 @@ def _test(
     value, scale = jeffreys(base, current), 1 / base.sum() + 1 / current.sum()
     return PSITest(
         psi=value,
-        critical=float(stats.chi2.ppf(1 - alpha, len(base) - 1) * scale),
+        critical=float(stats.chi2.isf(alpha, len(base) - 1) * scale),
         p_value=float(stats.chi2.sf(value / scale, len(base) - 1)),
     )
 

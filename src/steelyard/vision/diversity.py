@@ -6,6 +6,7 @@ Sources: Fan et al. (2024), DiverGen, arXiv:2405.10185; Gupta, Dollar, Girshick 
 arXiv:1908.03195; Zhou, Koltun, Kraehenbuehl (2021), arXiv:2103.07461 (federated loss).
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -287,7 +288,7 @@ def grouped_average(ap: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
         raise ValueError(f"groups must have {len(ap)} names, got {len(names)}")
     if "all" in names:
         raise ValueError('groups must not contain "all", which names the average over all')
-    counted = ap.detach() >= 0
+    counted = ~(ap.detach() < 0)  # a NaN counts, and stays
     result = {}
     for group in [*distinct, "all"]:
         member = [group in ("all", name) for name in names]
@@ -329,7 +330,7 @@ def repeat_factors(
     check_count("num_categories", num_categories)
     check_range("threshold", threshold, above=0.0)
     try:
-        images = [sorted(set(categories)) for categories in image_categories]
+        images = [sorted(set(map(operator.index, categories))) for categories in image_categories]
         flat = torch.tensor([c for categories in images for c in categories], dtype=torch.long)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(

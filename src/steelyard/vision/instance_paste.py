@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steelyard._checks import (
     check_choice,
+    check_count,
     check_integer_dtype,
     check_not_empty,
     check_range,
@@ -117,6 +118,7 @@ def paste_instance(
     Source: Fan et al. (2024), code, arXiv:2405.10185; ``drop_empty`` is ours.
     """
     _check_arguments(image, masks, labels, source, alpha)
+    check_count("label", label, at_least=-(2**63))
     check_choice("blend", blend, ("basic", "alpha", "gaussian", "poisson"))
     check_range("box_threshold", box_threshold, at_least=0.0)
     check_range("area_threshold", area_threshold, at_least=0.0)
