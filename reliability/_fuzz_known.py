@@ -16,6 +16,7 @@ KINDS: dict[str, str] = {
     "Expected 2D array": "scikit-learn's own check of X",
     "Complex data not supported": "scikit-learn's own check of X and y",
     "Found array with": "scikit-learn's own check of X",
+    "Sample weights must be": "scikit-learn's own check of sample_weight",
     "Found input variables": "scikit-learn's own check of X and y",
     "non-leaf Tensor": "torch's own check of the parameters of an optimiser",
     "Numerical result out of range": "Python's own error of a square beyond 1e154",
@@ -146,6 +147,8 @@ DOMAIN: dict[str, str] = {
     "metric_learning.adaptive_temperature_loss": "a negative temperature",
     "metric_learning.temperature_penalty": "a negative temperature",
     "preference.variance_optimal_baseline": "a negative squared norm",
+    "preference.ipo_flip_threshold": "pairs that never flip: minus infinity",
+    "equilibrium.feedback_angle": "a zero matrix has no direction: NaN",
     "preference.idealized_log_ratio": "alpha outside (0, 1) is no share",
 }
 """Functions of a real variable that answer outside their domain as ``torch.log`` does."""

@@ -350,6 +350,8 @@ class CausalBounds(_base.BaseEstimator):  # type: ignore[misc, name-defined]
         check_range("weight_decay", self.weight_decay, at_least=0.0, below=math.inf)
         for setting in ("batch_size", "max_epochs", "patience"):
             check_count(setting, getattr(self, setting))
+        for width in self.hidden:
+            check_count("hidden", width, expected="a sequence of integers")
         return names
 
     def _set_range(self, y: Tensor) -> None:

@@ -231,7 +231,7 @@ def _monotone(times: Tensor | Sequence[float]) -> list[float]:
     """Return the times as floats after checking that they are a grid in [0, 1]."""
     if isinstance(times, Tensor):
         check_shape("times", times, (None,))
-    elif not isinstance(times, Sequence):
+    elif isinstance(times, str | bytes) or not isinstance(times, Sequence):
         raise TypeError(f"times must be a tensor or a sequence, got {type(times).__name__}")
     grid = [float(t) for t in times]
     if len(grid) < 2:

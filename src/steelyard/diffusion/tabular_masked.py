@@ -62,6 +62,7 @@ class TabularMaskedModel(torch.nn.Module):
         check_floating(probs=probs)
         check_shape("probs", probs, (states.shape[0],))
         check_count("vocab_size", vocab_size, at_least=1)
+        check_count("mask_id", mask_id, at_least=-(2**63))  # of any sign
         if not bool(((states >= 0) & (states < vocab_size) & (states != mask_id)).all()):
             raise ValueError(
                 f"states must have tokens in 0 .. {vocab_size - 1} other than mask_id, {mask_id}"

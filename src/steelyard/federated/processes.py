@@ -164,5 +164,6 @@ def participation_from_labels(
     for name, values in (("label_distribution", label_distribution), ("preference", preference)):
         if not bool((values >= 0).all()):
             raise ValueError(f"{name} must be non-negative, got {values.min().item()}")
-    match = label_distribution @ preference
+    dtype = torch.promote_types(label_distribution.dtype, preference.dtype)
+    match = label_distribution.to(dtype) @ preference.to(dtype)
     return (mean * preference.shape[0] * match).clamp(minimum, 1.0)

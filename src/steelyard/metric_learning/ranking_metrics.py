@@ -50,7 +50,11 @@ def ndcg(scores: Tensor, relevance: Tensor, k: int) -> Tensor:
     ideal = relevance.to(ranked.dtype).sort(dim=-1, descending=True).values
     rank = torch.arange(2, top + 2, device=scores.device, dtype=ranked.dtype)
     discount = rank.log2()
-    gain, best = ((torch.exp2(x[..., :top]) - 1) / discount for x in (ranked, ideal))
+    # Relative to the largest no gain overflows; powers of two cost no digit.
+    most = ideal[..., :1].clamp(min=0)
+    gain, best = (
+        (torch.exp2(x[..., :top] - most) - torch.exp2(-most)) / discount for x in (ranked, ideal)
+    )
     total = best.sum(-1)
     return _finish(gain.sum(-1) / torch.where(total > 0, total, 1.0), scores)
 

@@ -74,6 +74,9 @@ def cross_fitted_iv(
         raise TypeError(f"binner must be a WoEBinner, got {type(binner).__name__}")
     check_rows(X=X, y=y)
     check_count("folds", folds, at_least=2)
+    check_count("seed", seed, at_least=0)
+    if np.ndim(y) != 1:
+        raise ValueError(f"y must have one dimension, got {np.ndim(y)}")
     classes = len(np.unique(y))
     if classes != 2:
         raise ValueError(f"y must hold two classes, got {classes}")

@@ -189,6 +189,8 @@ def duckdb_cuts(
     check_count("sample_rows", sample_rows)
     relation = open_relation(source)
     _column_kinds(relation, columns=columns)
+    if len(columns) == 0:
+        return {}
     total = relation.aggregate("count(*)").fetchall()[0][0]
     names = ", ".join(f"{quoted(name)}::DOUBLE AS c{i}" for i, name in enumerate(columns))
     query = f"SELECT {names} FROM source"  # nosec B608  # names are quoted

@@ -416,7 +416,7 @@ def federated_classes(
     if bool(((present < 0) | (present >= len(weights))).any()):
         raise ValueError(f"present must be classes in [0, {len(weights)})")
     chosen = torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
-    chosen[present.flatten()] = True
+    chosen[present.flatten().long()] = True  # bytes would be a mask
     absent = weights.detach().masked_fill(chosen, 0.0)
     wanted = min(total - int(chosen.sum()), int((absent > 0).sum()))
     if wanted > 0:
