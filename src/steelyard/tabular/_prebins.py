@@ -85,10 +85,11 @@ class SortedNumbers:
 
     def count(self, cuts: Array) -> PreBins:
         """Count goods and bads between cuts."""
-        place = np.searchsorted(self.every, [*cuts, np.inf], side="right")
+        ends = np.append(cuts, np.inf)
+        place = np.searchsorted(self.every, ends, side="right")
         if self.cumulative is None:
             below = place.astype(np.float64)
-            below_bad = np.searchsorted(self.of_bad, [*cuts, np.inf], side="right").astype(float)
+            below_bad = np.searchsorted(self.of_bad, ends, side="right").astype(np.float64)
         else:
             below = np.append(0.0, self.cumulative)[place]
             below_bad = np.append(0.0, self.cumulative_bad)[place]
@@ -123,7 +124,9 @@ def quantile_cuts(ordered: Array, number: int, *, cumulative: Array | None = Non
         else:
             targets = cumulative[-1] * np.arange(1, number) / number
             place = np.searchsorted(cumulative, targets * (1 - 1e-12), side="left")
-        last = np.searchsorted(ordered, np.unique(ordered[place]), side="right") - 1
+        edges = ordered[place]
+        edges = edges[np.append(True, edges[1:] > edges[:-1])]
+        last = np.searchsorted(ordered, edges, side="right") - 1
         steps = last[last < len(ordered) - 1]
     return _between(ordered[steps], ordered[steps + 1])
 
@@ -163,7 +166,7 @@ def _equal_groups(rows: Array, number: int) -> Integers:
     """Return the first items of groups of neighbours with about the same number of rows."""
     middle = np.cumsum(rows) - rows / 2
     group = np.minimum((middle / rows.sum() * number).astype(np.int64), number - 1)
-    return np.unique(group, return_index=True)[1]
+    return np.flatnonzero(np.diff(group, prepend=-1))
 
 
 def stump_borders(good: Array, bad: Array, *, num_rounds: int, learning_rate: float) -> Integers:
