@@ -158,3 +158,11 @@ def check_groups(groups: Tensor, values: Tensor, *, name: str = "groups") -> Non
     """Require one integer group id for each of the ``N`` values."""
     check_integer_dtype(**{name: groups})
     check_shape(name, groups, (values.shape[0],))
+
+
+def check_not_text(**arrays: Any) -> None:
+    """Refuse text where an estimator takes numbers; scikit-learn checks the rest."""
+    for name, array in arrays.items():
+        kind = getattr(getattr(array, "dtype", None), "kind", "")
+        if isinstance(array, str) or kind in ("S", "U"):
+            raise TypeError(f"{name} must be an array of numbers, got text")

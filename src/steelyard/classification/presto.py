@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from steelyard._checks import check_choice, check_count, check_range
+from steelyard._checks import check_choice, check_count, check_not_text, check_range
 from steelyard._extras import require
 from steelyard.classification._presto_path import Path, class_probabilities
 from steelyard.classification._presto_solver import Array, Data, Fit
@@ -73,8 +73,7 @@ class _OrderedClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: i
     def _prepare(self, X: Any, y: Any, sample_weight: Any) -> tuple[Path, Array, np.ndarray, Array]:
         """Check everything; return the path, rows, codes (0 where the weight is 0), weights."""
         self._check_settings()
-        _refuse_text("X", X)
-        _refuse_text("sample_weight", sample_weight)
+        check_not_text(X=X, sample_weight=sample_weight)
         if sample_weight is not None and not np.asarray(sample_weight).any():
             raise ValueError("sample_weight must have a positive entry, got zeros only")
         ordered = _ordered_categories(y) if self.classes is None else list(self.classes)
@@ -122,7 +121,7 @@ class _OrderedClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: i
 
     def _boundaries(self, X: Any) -> Array:
         _validation.check_is_fitted(self)
-        _refuse_text("X", X)
+        check_not_text(X=X)
         X = _validation.validate_data(self, X, dtype=np.float64, reset=False)
         return np.asarray(self.intercept_ + X @ self.coef_)
 
@@ -396,8 +395,3 @@ def _encode(y: np.ndarray, ordered: list[Any] | None) -> tuple[np.ndarray, np.nd
     rank = {label: place for place, label in enumerate(ordered)}
     order = np.argsort([rank[label] for label in present.tolist()])
     return present[order], np.argsort(order)[codes]
-
-
-def _refuse_text(name: str, array: Any) -> None:
-    if isinstance(array, str):
-        raise TypeError(f"{name} must be an array of numbers, got str")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from steelyard._checks import check_not_text
 from steelyard._extras import require
 from steelyard.estimation.least_squares import orthonormal_basis, weighted_least_squares
 
@@ -78,10 +79,11 @@ class WeightedLeastSquares(_base.RegressorMixin, _base.BaseEstimator):  # type: 
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "WeightedLeastSquares":
         """Fit the points ``X`` ``[n, m]`` with values ``y`` ``[n]`` and weights ``[n]``."""
-        _refuse_text(X=X, y=y, sample_weight=sample_weight)
+        check_not_text(X=X, sample_weight=sample_weight)
         if sample_weight is not None and not np.asarray(sample_weight).any():
             raise ValueError("sample_weight must have a positive entry, got zeros only")
         X, y = _validation.validate_data(self, X, y, dtype=np.float64, y_numeric=True)
+        check_not_text(y=y)
         weights = _validation._check_sample_weight(sample_weight, X, dtype=np.float64)
         if (weights < 0).any():
             raise ValueError(f"sample_weight must be >= 0 everywhere, got {weights.min():g}")
@@ -102,7 +104,7 @@ class WeightedLeastSquares(_base.RegressorMixin, _base.BaseEstimator):  # type: 
     def predict(self, X: Any) -> np.ndarray:
         """Return the values of the fit at the rows of ``X``."""
         _validation.check_is_fitted(self)
-        _refuse_text(X=X)
+        check_not_text(X=X)
         X = _validation.validate_data(self, X, dtype=np.float64, reset=False)
         prediction: np.ndarray = X @ self.coef_ + self.intercept_
         return prediction
@@ -129,9 +131,3 @@ class WeightedLeastSquares(_base.RegressorMixin, _base.BaseEstimator):  # type: 
         law = np.concatenate([measure, np.zeros(len(rows) - count)])
         every = orthonormal_basis(torch.from_numpy(rows), torch.from_numpy(law)).numpy()
         return every[count : count + len(features)], every[count + len(features) :]
-
-
-def _refuse_text(**arrays: Any) -> None:
-    for name, array in arrays.items():
-        if isinstance(array, str) or np.asarray(array).dtype.kind in "SU":
-            raise TypeError(f"{name} must be an array of numbers, got text")
