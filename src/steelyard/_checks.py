@@ -6,11 +6,13 @@ costs no synchronisation and ``torch.compile`` traces through it.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -166,3 +168,17 @@ def check_not_text(**arrays: Any) -> None:
         kind = getattr(getattr(array, "dtype", None), "kind", "")
         if isinstance(array, str) or kind in ("S", "U"):
             raise TypeError(f"{name} must be an array of numbers, got text")
+
+
+def checked_parameters(params: ParamsT) -> ParamsT:
+    """Require something to optimise, and keep what a generator yields; torch checks the items."""
+    if isinstance(params, Tensor):  # torch refuses a lone one by name
+        return params
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of tensors or groups, got {type(params).__name__}"
+        )
+    listed = list(params)
+    if not listed:
+        raise ValueError("params must hold at least one parameter, got none")
+    return cast("ParamsT", listed)

@@ -304,5 +304,10 @@ def test_other_errors_name_what_is_wrong() -> None:
         awm_timesteps(object(), 3)
     odd = ddim()
     odd.register_to_config(prediction_type="momentum")
-    with pytest.raises(ValueError, match="'momentum' is not known"):
+    with pytest.raises(ValueError, match="got momentum"):
         clean_prediction(odd, x, x, torch.tensor(5))
+    solver = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    )
+    with pytest.raises(ValueError, match="got flow_prediction"):  # its alphas are not a flow's
+        noised_samples(solver, x, x, torch.tensor(5))

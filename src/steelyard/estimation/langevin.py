@@ -4,14 +4,14 @@ Source: Feder, Urbanke, Fogel (2025), arXiv:2506.07661, Langevin sampler; Wellin
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from steelyard._checks import check_range
+from steelyard._checks import check_range, checked_parameters
 
 __all__ = ["SGLD"]
 
@@ -72,7 +72,7 @@ class SGLD(torch.optim.Optimizer):
         generator: torch.Generator | None = None,
     ) -> None:
         self.generator = generator
-        params = _at_least_one(params)
+        params = checked_parameters(params)
         settings = {"lr": lr, "num_data": num_data, "temperature": temperature}
         super().__init__(params, settings)
 
@@ -111,18 +111,3 @@ class SGLD(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {**state, "generator": self.generator}
-
-
-def _at_least_one(params: ParamsT) -> ParamsT:
-    """Require something to optimise, and keep what a generator yields; torch checks the items."""
-    if isinstance(params, Tensor):
-        return params
-    if not isinstance(params, Iterable):
-        raise TypeError(
-            f"params must be an iterable of tensors or groups, got {type(params).__name__}"
-        )
-    kept: Any = list(params)
-    if not kept:
-        raise ValueError("params must hold at least one parameter, got none")
-    checked: ParamsT = kept
-    return checked

@@ -10,7 +10,7 @@ from steelyard._reduce import widen
 
 __all__ = ["clean_prediction", "neighbours", "noised_samples", "read_schedule", "target_of"]
 
-_PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class Schedule(NamedTuple):
@@ -46,6 +46,9 @@ def noised_samples(scheduler: Any, samples: Tensor, noise: Tensor, timesteps: Te
         >>> scheduler = SimpleNamespace(config=config, scale_noise=None)  # what marks a flow
         >>> noised_samples(scheduler, torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([250.0]))
         tensor([[0.7500, 0.7500]])
+
+    Source: Ho et al. (2020), Eq. 4, arXiv:2006.11239; Liu et al. (2022),
+    arXiv:2209.03003.
     """
     check_floating(samples=samples, noise=noise)
     check_same_shape(samples=samples, noise=noise)
@@ -80,6 +83,8 @@ def clean_prediction(
         >>> velocity, noised = torch.full((1, 2), 2.0), torch.ones(1, 2)
         >>> clean_prediction(scheduler, velocity, noised, torch.tensor([250.0]))
         tensor([[0.5000, 0.5000]])
+
+    Source: Ho et al. (2020), arXiv:2006.11239; Salimans and Ho (2022), arXiv:2202.00512, for ``v``.
     """
     check_floating(model_output=model_output, noised=noised)
     check_same_shape(noised=noised, model_output=model_output)
@@ -120,12 +125,16 @@ def read_schedule(scheduler: Any, timesteps: Tensor, like: Tensor) -> Schedule:
     config = getattr(scheduler, "config", None)
     alphas = getattr(scheduler, "alphas_cumprod", None)
     steps = timesteps.to(like.device).expand(like.shape[0])
-    if hasattr(scheduler, "scale_noise"):
+    if config is not None and hasattr(scheduler, "scale_noise"):
         prediction = "flow_prediction"
-        noise = steps.to(widen(like).dtype) / config.num_train_timesteps  # type: ignore[union-attr]
+        noise = steps.to(widen(like).dtype) / config.num_train_timesteps
         data, time = 1 - noise, noise
-    elif isinstance(alphas, Tensor) and config is not None:
+    elif config is not None and isinstance(alphas, Tensor):
         prediction = config.prediction_type
+        if prediction not in _PREDICTIONS:  # such as a solver that is set to a flow's sigmas
+            raise ValueError(
+                f"scheduler must predict one of {_PREDICTIONS} by alphas_cumprod, got {prediction}"
+            )
         kept = alphas.to(like.device, torch.float64)[steps.long()]
         data, noise = kept.sqrt(), (1 - kept).sqrt()
         time = noise / (data + noise)
@@ -134,8 +143,6 @@ def read_schedule(scheduler: Any, timesteps: Tensor, like: Tensor) -> Schedule:
             "scheduler must be a flow-matching one or have alphas_cumprod, got "
             f"{type(scheduler).__name__}"
         )
-    if prediction not in _PREDICTIONS:
-        raise ValueError(f"scheduler: the prediction type {prediction!r} is not known")
     shape = (-1, *[1] * (like.dim() - 1))
     data, noise, time = (each.to(widen(like).dtype) for each in (data, noise, time))
     return Schedule(data.reshape(shape), noise.reshape(shape), time, prediction)

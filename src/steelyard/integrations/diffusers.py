@@ -256,6 +256,8 @@ def denoising_step(
         >>> velocity, sample = torch.ones(1, 2), torch.zeros(1, 2)
         >>> denoising_step(scheduler, velocity, 500.0, sample, noise_level=0.0).x_prev
         tensor([[-0.5000, -0.5000]])
+
+    Source: Liu et al. (2025), Eq. 9, arXiv:2505.05470; Black et al. (2023), arXiv:2305.13301.
     """
     check_floating(model_output=model_output, sample=sample)
     check_same_shape(sample=sample, model_output=model_output)

@@ -2,14 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, cast, overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from steelyard._checks import check_range
+from steelyard._checks import check_range, checked_parameters
 from steelyard.optim.projection import (
     Radial,
     as_rows,
@@ -35,7 +35,7 @@ class Projected(Optimizer, ABC):
         check_range("wd_ratio", defaults["wd_ratio"], at_least=0.0)
         if defaults["delta"] != math.inf:  # infinity projects every matrix
             check_range("delta", defaults["delta"], at_least=0.0)
-        super().__init__(_parameters(params), defaults)
+        super().__init__(checked_parameters(params), defaults)
         self._scratch: dict[_Key, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,18 +168,6 @@ class Projected(Optimizer, ABC):
             torch.addcmul(steps, rows, kept, out=rows)
         else:
             rows.mul_(kept).add_(steps, alpha=rate)
-
-
-def _parameters(params: ParamsT) -> ParamsT:
-    """Refuse what holds no parameter; a lone tensor is left to torch, which refuses it by name."""
-    if isinstance(params, Tensor):
-        return params
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params must be parameters or groups, got {type(params).__name__}")
-    listed = list(params)
-    if not listed:
-        raise ValueError("params must hold at least one parameter, got none")
-    return cast(ParamsT, listed)
 
 
 def downhill(param: Tensor, group: dict[str, Any]) -> Tensor:
